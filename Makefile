@@ -1,0 +1,100 @@
+# `make demo` and `make test` need Python 3.11 or newer, git and make; everything else goes into .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+# An index to take torch from, for example https://download.pytorch.org/whl/cpu for the small CPU build.
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+DEMO_DIR ?= demo-report
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
+REQUIREMENTS := pyproject.toml constraints.txt
+
+ifneq ($(wildcard ../shared/models),)
+SKHEAD_MODELS ?= $(abspath ../shared/models)
+export SKHEAD_MODELS
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format types contracts docs bench ci-browser clean distclean
+
+help:
+	@echo "make demo        install, analyse the bundled model, write $(DEMO_DIR)/report.html"
+	@echo "make test        run the tests and the examples in all docstrings"
+	@echo "make lint        style of code and docstrings (make format mends what it can)"
+	@echo "make types       static types"
+	@echo "make contracts   which module may import which"
+	@echo "make docs        build the documentation into docs/_build/html"
+	@echo "make bench       side-by-side benchmark against TransformerLens"
+	@echo "make ci-browser  install chromium where it is missing and allowed"
+	@echo "make clean       remove what was built; make distclean also removes $(VENV)"
+	@echo "Variables: PYTHON=python3.12  TORCH_INDEX=https://download.pytorch.org/whl/cpu  PYTEST_ARGS='-k graph'"
+
+# Environments. Each stamp holds one set of extras; a later set contains the earlier ones.
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("skhead needs Python 3.11 or newer, $(PYTHON) is %d.%d: name another one, for example make PYTHON=python3.12 demo" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt $(TORCH)
+	@touch $@
+
+$(VENV)/.lens: $(REQUIREMENTS) $(VENV)/.torch
+	$(PIP) install --quiet -c constraints.txt -e '.[lens]'
+	@touch $@
+
+$(VENV)/.test: $(REQUIREMENTS) $(VENV)/.torch
+	$(PIP) install --quiet -c constraints.txt -e '.[lens,test]'
+	@touch $@ $(VENV)/.lens
+
+$(VENV)/.dev: $(REQUIREMENTS) $(VENV)/.torch
+	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.test $(VENV)/.lens
+
+demo: $(VENV)/.lens
+	$(BIN)/skhead demo -o $(DEMO_DIR)
+	@echo "Open in a browser: file://$(abspath $(DEMO_DIR))/report.html"
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest --doctest-modules skhead tests $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+contracts: $(VENV)/.dev
+	$(BIN)/lint-imports
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
+	@echo "Open in a browser: file://$(abspath docs/_build/html)/index.html"
+
+bench: $(VENV)/.lens
+	$(BIN)/python benchmarks/peer.py
+
+ci-browser:
+	@if command -v chromium || command -v chromium-browser || command -v google-chrome; then \
+	    echo "a browser is installed"; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends chromium; \
+	else \
+	    echo "no browser found, and no right to install one: tests marked 'browser' will be skipped"; \
+	fi
+
+clean:
+	rm -rf build dist $(DEMO_DIR) docs/_build docs/api/generated docs/gallery docs/sg_execution_times.rst
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find skhead tests examples benchmarks scripts docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean
+	rm -rf $(VENV)
