@@ -1,0 +1,359 @@
+"""All-pairs squared overlaps of head factors: the one product behind every kernel.
+
+A head gives a factor Y of shape ``(d_model, r)``, and with ``M = Y Y^T``
+
+    ||Y^T Z||_F^2 = <M_Y, M_Z>_F .
+
+For orthonormal factors this is the projection kernel; for factors of the QK and OV maps it is the
+numerator of a squared composition score. It can be computed
+
+* directly, from the cross-Gram ``Y^T Z``: ``2 r s d`` flops a pair;
+* packed, as an inner product of the upper triangles of M: ``d^2`` flops a pair, after ``d^2 r``
+flops a
+  head to form M block by block.
+
+Packing wins when ``2 r s > d``, as it is for full-rank heads of every common model; the direct
+product wins for truncated ranks. Neither forms a ``d x d`` matrix or the cross-Gram of all heads at
+once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from skhead.linalg.precision import fast_float32_matmul
+
+__all__ = ["OverlapPlan", "overlap_blocks", "plan_overlaps"]
+
+#: Widest residual-space block of the packed product; 128 x 128 blocks keep both of its GEMMs at
+#: full speed.
+_WIDEST_PANEL = 128
+_NARROWEST_PANEL = 8
+#: Rows of a tile of the direct product beyond which a GEMM gains nothing.
+_WIDEST_TILE = 4096
+
+Block = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class OverlapPlan:
+    """How a set of overlap blocks will be computed.
+
+    Attributes
+    ----------
+    method : {"packed", "direct"}
+    width : int
+        Residual-space block width (packed) or heads per row tile (direct).
+    column_width : int
+        Heads per column tile (direct); 0 for packed.
+    resident : bool
+        Whether the panels are laid out once (packed) rather than copied block by block.
+    scratch_bytes : int
+        Largest scratch that the plan allocates at once, results not counted.
+    flops : float
+        Floating-point operations of the plan.
+    """
+
+    method: str
+    width: int
+    column_width: int
+    resident: bool
+    scratch_bytes: int
+    flops: float
+
+
+def plan_overlaps(
+    rows: Sequence[torch.Tensor],
+    columns: Sequence[torch.Tensor] | None,
+    blocks: Sequence[Block],
+    max_memory: int,
+    method: str = "auto",
+) -> OverlapPlan:
+    """Choose the cheaper algorithm by its flop count and fit it into the memory budget.
+
+    Parameters
+    ----------
+    rows, columns, blocks
+        As for `overlap_blocks`.
+    max_memory : int
+        Bytes of scratch allowed.
+    method : {"auto", "packed", "direct"}
+        "auto" takes the one with fewer flops among those that fit.
+
+    Returns
+    -------
+    OverlapPlan
+
+    Raises
+    ------
+    MemoryError
+        If not even the smallest tiles fit.
+    """
+    plans = []
+    if method in ("auto", "packed"):
+        plans.append(_plan_packed(rows, columns, blocks, max_memory))
+    if method in ("auto", "direct"):
+        plans.append(_plan_direct(rows, columns or rows, blocks, max_memory))
+    fitting = [plan for plan in plans if plan.scratch_bytes <= max_memory]
+    if not fitting:
+        need = min(plan.scratch_bytes for plan in plans)
+        raise MemoryError(
+            f"max_memory is {max_memory} bytes, but the smallest tiles need {need}; "
+            "raise max_memory or compare fewer heads at once"
+        )
+    return min(fitting, key=lambda plan: plan.flops)
+
+
+def overlap_blocks(
+    rows: Sequence[torch.Tensor],
+    columns: Sequence[torch.Tensor] | None,
+    blocks: Sequence[Block],
+    *,
+    max_memory: int = 2**30,
+    method: str = "auto",
+    progress: Callable[[float], None] | None = None,
+) -> dict[Block, torch.Tensor]:
+    """``||Y_h^T Z_k||_F^2`` for all heads h of a row stack and k of a column stack.
+
+    Parameters
+    ----------
+    rows : sequence of Tensor of shape (n_heads_i, d_model, rank_i)
+        Factor stacks, one per role; a head of smaller rank has zero columns.
+    columns : sequence of Tensor or None
+        As `rows`; None compares `rows` with themselves and computes each unordered block once.
+    blocks : sequence of (int, int)
+        Which row stack against which column stack.
+    max_memory : int
+        Bytes of scratch beyond the inputs and the result.
+    method : {"auto", "packed", "direct"}
+        See `plan_overlaps`.
+    progress : callable, optional
+        Called with the fraction done, from time to time.
+
+    Returns
+    -------
+    dict of (int, int) -> Tensor of shape (n_row_heads, n_column_heads)
+    """
+    plan = plan_overlaps(rows, columns, blocks, max_memory, method)
+    report = progress if progress is not None else _silent
+    run = _packed if plan.method == "packed" else _direct
+    with fast_float32_matmul(rows[0].device):
+        return run(rows, columns, blocks, plan, report)
+
+
+def _silent(fraction: float) -> None:
+    """Report progress to nobody."""
+
+
+def _unordered(blocks: Sequence[Block], symmetric: bool) -> list[Block]:
+    """Blocks to compute: each once, and one of each mirrored pair if rows are columns."""
+    wanted = {(min(b), max(b)) if symmetric else b for b in blocks}
+    return sorted(wanted)
+
+
+def _as_asked(
+    blocks: Sequence[Block], done: dict[Block, torch.Tensor]
+) -> dict[Block, torch.Tensor]:
+    return {b: done[b] if b in done else done[b[1], b[0]].T for b in blocks}
+
+
+def _runs(todo: Sequence[Block]) -> list[tuple[int, int, int]]:
+    """Blocks as (row stack, first column stack, last column stack + 1) with consecutive columns."""
+    runs: list[tuple[int, int, int]] = []
+    for row, column in todo:
+        if runs and runs[-1][0] == row and runs[-1][2] == column:
+            runs[-1] = (row, runs[-1][1], column + 1)
+        else:
+            runs.append((row, column, column + 1))
+    return runs
+
+
+def _plan_packed(
+    rows: Sequence[torch.Tensor],
+    columns: Sequence[torch.Tensor] | None,
+    blocks: Sequence[Block],
+    max_memory: int,
+) -> OverlapPlan:
+    symmetric = columns is None
+    sides = [*rows] if columns is None else [*rows, *columns]
+    d_model, itemsize = rows[0].shape[1], rows[0].element_size()
+    n_heads = sum(len(stack) for stack in sides)
+    widest_rank = max(stack.shape[2] for stack in sides)
+    flops = float(d_model) * (d_model + _WIDEST_PANEL) * sum(len(s) * s.shape[2] for s in sides)
+    right = rows if columns is None else columns
+    for i, j in _unordered(blocks, symmetric):
+        flops += float(d_model) * (d_model + _WIDEST_PANEL) * len(rows[i]) * len(right[j])
+    width = min(_WIDEST_PANEL, d_model)
+    while True:
+        panels = -(-d_model // width)
+        width = -(-d_model // panels)
+        packed = n_heads * width * width * itemsize
+        copies = 2 * max(len(s) for s in sides) * width * widest_rank * itemsize
+        if packed + copies <= max_memory or width <= _NARROWEST_PANEL:
+            break
+        width = max(width // 2, _NARROWEST_PANEL)
+    factors = sum(stack.numel() for stack in sides) * itemsize
+    resident = packed + factors <= max_memory
+    scratch = packed + (factors if resident else copies)
+    return OverlapPlan("packed", width, 0, resident, scratch, flops)
+
+
+def _packed(
+    rows: Sequence[torch.Tensor],
+    columns: Sequence[torch.Tensor] | None,
+    blocks: Sequence[Block],
+    plan: OverlapPlan,
+    report: Callable[[float], None],
+) -> dict[Block, torch.Tensor]:
+    left = _PackedSide(rows, plan)
+    right = left if columns is None else _PackedSide(columns, plan)
+    sides = [left] if right is left else [left, right]
+    todo = _unordered(blocks, columns is None)
+    runs = _runs(todo)
+    sums = [left.identity_part(right, left.span(i, i + 1), right.span(j, k)) for i, j, k in runs]
+    total, done = left.n_panels * (left.n_panels + 1) // 2, 0
+    for p in range(left.n_panels):
+        for q in range(p, left.n_panels):
+            packed = [side.pack(p, q) for side in sides]
+            weight = 1.0 if p == q else 2.0
+            for (i, j, k), out in zip(runs, sums, strict=True):
+                a, b = packed[0][left.span(i, i + 1)], packed[-1][right.span(j, k)]
+                out.addmm_(a, b.mT, alpha=weight)
+            done += 1
+            report(done / total)
+    finished = {}
+    for (i, j, k), out in zip(runs, sums, strict=True):
+        for column, part in zip(range(j, k), out.split(right.counts[j:k], dim=1), strict=True):
+            finished[i, column] = part
+    return _as_asked(blocks, finished)
+
+
+class _PackedSide:
+    """The factor stacks of one side, from which trace-free blocks of ``Y Y^T`` are formed.
+
+    The multiple of the identity ``tr(M)/d`` is taken out of every M before the inner product and
+    put back in closed form: it carries most of the sum, and rounding is then relative to the rest.
+    """
+
+    def __init__(self, stacks: Sequence[torch.Tensor], plan: OverlapPlan) -> None:
+        self.stacks = stacks
+        self.d_model = stacks[0].shape[1]
+        self.counts = [len(stack) for stack in stacks]
+        self.starts = [sum(self.counts[:i]) for i in range(len(stacks) + 1)]
+        self.width = plan.width
+        self.n_panels = -(-self.d_model // self.width)
+        first = stacks[0]
+        self._traces = torch.cat([_squared_norms(stack) for stack in stacks])
+        self._levels = (self._traces / self.d_model).to(first.dtype)
+        n_heads = self.starts[-1]
+        self._buffer = torch.empty(n_heads * self.width**2, dtype=first.dtype, device=first.device)
+        self._panels = [self._lay_out(s) for s in stacks] if plan.resident else None
+        if self._panels is None:
+            size = max(self.counts) * self.width * max(s.shape[2] for s in stacks)
+            self._copies = torch.empty(2, size, dtype=first.dtype, device=first.device)
+
+    def span(self, first: int, stop: int) -> slice:
+        """Heads of the stacks from `first` up to `stop`."""
+        return slice(self.starts[first], self.starts[stop])
+
+    def pack(self, p: int, q: int) -> torch.Tensor:
+        """Block (p, q) of every head's M, trace-free, as one row each."""
+        n_rows, n_columns = self._panel_width(p), self._panel_width(q)
+        packed = self._buffer[: self.starts[-1] * n_rows * n_columns]
+        packed = packed.view(self.starts[-1], n_rows, n_columns)
+        for i in range(len(self.stacks)):
+            a, b = self._panel(i, p, 0), self._panel(i, q, 1)
+            torch.bmm(a, b.mT, out=packed[self.span(i, i + 1)])
+        if p == q:
+            packed.diagonal(dim1=1, dim2=2).sub_(self._levels[:, None])
+        return packed.flatten(1)
+
+    def identity_part(self, other: _PackedSide, rows: slice, columns: slice) -> torch.Tensor:
+        """What taking the identity out of both sides has left out of their inner products."""
+        a, b = _wide(self._levels[rows, None]), _wide(other._levels[None, columns])
+        trace_a, trace_b = self._traces[rows, None], other._traces[None, columns]
+        return (a * trace_b + b * trace_a - a * b * self.d_model).to(self._levels.dtype)
+
+    def _panel_width(self, p: int) -> int:
+        return min(self.width, self.d_model - p * self.width)
+
+    def _lay_out(self, stack: torch.Tensor) -> list[torch.Tensor]:
+        return [part.contiguous() for part in stack.split(self.width, dim=1)]
+
+    def _panel(self, i: int, p: int, slot: int) -> torch.Tensor:
+        if self._panels is not None:
+            return self._panels[i][p]
+        source = self.stacks[i][:, p * self.width : (p + 1) * self.width]
+        return self._copies[slot, : source.numel()].view(source.shape).copy_(source)
+
+
+def _squared_norms(stack: torch.Tensor) -> torch.Tensor:
+    """Squared Frobenius norms; only the short sums along a row are left to the dtype."""
+    return _wide(torch.linalg.vector_norm(stack, dim=2)).square().sum(1)
+
+
+def _wide(values: torch.Tensor) -> torch.Tensor:
+    """Float64 where the device has it."""
+    return values if values.device.type == "mps" else values.double()
+
+
+def _plan_direct(
+    rows: Sequence[torch.Tensor],
+    columns: Sequence[torch.Tensor],
+    blocks: Sequence[Block],
+    max_memory: int,
+) -> OverlapPlan:
+    d_model, itemsize = rows[0].shape[1], rows[0].element_size()
+    todo = _unordered(blocks, columns is rows)
+    flops = sum(2.0 * d_model * rows[i][:, 0].numel() * columns[j][:, 0].numel() for i, j in todo)
+    r = max(rows[i].shape[2] for i, _ in todo)
+    s = max(columns[j].shape[2] for _, j in todo)
+    n_rows = min(max(len(rows[i]) for i, _ in todo), max(_WIDEST_TILE // r, 1))
+    n_columns = min(max(len(columns[j]) for _, j in todo), max(_WIDEST_TILE // s, 1))
+
+    def scratch() -> int:
+        return itemsize * (
+            d_model * (n_rows * r + n_columns * s) + n_rows * r * n_columns * (s + 1)
+        )
+
+    while scratch() > max_memory and max(n_rows, n_columns) > 1:
+        if n_rows >= n_columns:
+            n_rows = -(-n_rows // 2)
+        else:
+            n_columns = -(-n_columns // 2)
+    return OverlapPlan("direct", n_rows, n_columns, False, scratch(), flops)
+
+
+def _direct(
+    rows: Sequence[torch.Tensor],
+    columns: Sequence[torch.Tensor] | None,
+    blocks: Sequence[Block],
+    plan: OverlapPlan,
+    report: Callable[[float], None],
+) -> dict[Block, torch.Tensor]:
+    right = rows if columns is None else columns
+    todo = _unordered(blocks, columns is None)
+    finished = {}
+    for done, (i, j) in enumerate(todo, start=1):
+        finished[i, j] = _direct_block(rows[i], right[j], plan)
+        report(done / len(todo))
+    return _as_asked(blocks, finished)
+
+
+def _direct_block(a: torch.Tensor, b: torch.Tensor, plan: OverlapPlan) -> torch.Tensor:
+    out = a.new_empty(len(a), len(b))
+    r, s = a.shape[2], b.shape[2]
+    for start in range(0, len(a), plan.width):
+        tile = a[start : start + plan.width]
+        left = tile.mT.reshape(len(tile) * r, -1)
+        for first in range(0, len(b), plan.column_width):
+            other = b[first : first + plan.column_width]
+            cross = left @ other.permute(1, 0, 2).reshape(left.shape[1], -1)
+            sums = cross.square_().view(len(tile) * r, len(other), s).sum(2)
+            out[start : start + len(tile), first : first + len(other)] = sums.view(
+                len(tile), r, len(other)
+            ).sum(1)
+    return out

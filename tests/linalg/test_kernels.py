@@ -1,0 +1,160 @@
+"""The all-pairs overlap against a float64 double loop, at any tile size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from skhead.linalg.bases import orthonormal_bases
+from skhead.linalg.factored import gram_roots, map_factors, product_norms, signed_identity
+from skhead.linalg.kernels import overlap_blocks, plan_overlaps
+from skhead.linalg.precision import fast_float32_matmul
+
+
+def random_stack(n_heads, d_model, rank, seed, dtype=torch.float32):
+    return torch.randn(
+        n_heads, d_model, rank, generator=torch.Generator().manual_seed(seed), dtype=dtype
+    )
+
+
+def reference(a, b):
+    a, b = a.double(), b.double()
+    return torch.stack([torch.stack([(x.T @ z).square().sum() for z in b]) for x in a])
+
+
+def assert_close(found, expected, relative=2e-6):
+    assert found.shape == expected.shape
+    assert float((found.double() - expected).abs().max() / expected.abs().max()) < relative
+
+
+@pytest.mark.parametrize("method", ["packed", "direct", "auto"])
+@pytest.mark.parametrize("d_model", [64, 97, 300])
+def test_two_sides_of_unequal_rank(method, d_model):
+    rows = [random_stack(5, d_model, 7, 0), random_stack(3, d_model, 4, 1)]
+    columns = [random_stack(6, d_model, 9, 2), random_stack(2, d_model, 1, 3)]
+    blocks = [(1, 0), (0, 1), (0, 0)]
+    found = overlap_blocks(rows, columns, blocks, method=method)
+    assert list(found) == blocks
+    for i, j in blocks:
+        assert_close(found[i, j], reference(rows[i], columns[j]))
+
+
+@pytest.mark.parametrize("method", ["packed", "direct"])
+def test_comparison_with_itself_fills_mirrored_blocks(method):
+    stacks = [random_stack(n, 60, r, n) for n, r in ((4, 8), (3, 5), (6, 2))]
+    blocks = [(2, 0), (1, 1), (0, 2), (1, 2), (0, 0)]
+    found = overlap_blocks(stacks, None, blocks, method=method)
+    for i, j in blocks:
+        assert_close(found[i, j], reference(stacks[i], stacks[j]))
+
+
+@pytest.mark.parametrize("method", ["packed", "direct"])
+@pytest.mark.parametrize("max_memory", [40_000, 200_000, 2**30])
+def test_tile_size_does_not_change_the_result(method, max_memory):
+    stacks = [random_stack(12, 96, 8, 0), random_stack(9, 96, 8, 1)]
+    blocks = [(0, 1), (0, 0)]
+    plan = plan_overlaps(stacks, None, blocks, max_memory, method)
+    assert plan.scratch_bytes <= max_memory
+    found = overlap_blocks(stacks, None, blocks, method=method, max_memory=max_memory)
+    whole = overlap_blocks(stacks, None, blocks, method=method)
+    for block in blocks:
+        assert_close(found[block], whole[block].double(), relative=1e-6)
+
+
+def test_budget_selects_narrower_panels_and_streams_factors():
+    stacks = [random_stack(40, 512, 64, 0)]
+    roomy = plan_overlaps(stacks, None, [(0, 0)], 2**30, "packed")
+    tight = plan_overlaps(stacks, None, [(0, 0)], 2**20, "packed")
+    assert roomy.resident and not tight.resident
+    assert tight.width < roomy.width
+    assert tight.scratch_bytes <= 2**20 < roomy.scratch_bytes
+
+
+def test_too_small_a_budget_is_refused_with_the_need():
+    stacks = [random_stack(40, 512, 64, 0)]
+    with pytest.raises(
+        MemoryError, match=r"max_memory is 100 bytes, but the smallest tiles need \d+"
+    ):
+        overlap_blocks(stacks, None, [(0, 0)], max_memory=100)
+
+
+def test_cheaper_method_is_chosen():
+    full, thin = random_stack(64, 768, 64, 0), random_stack(64, 768, 4, 0)
+    assert plan_overlaps([full], None, [(0, 0)], 2**30).method == "packed"
+    assert plan_overlaps([thin], None, [(0, 0)], 2**30).method == "direct"
+
+
+def test_nearly_orthogonal_subspaces_keep_their_digits():
+    basis = torch.linalg.qr(random_stack(1, 256, 128, 0, torch.float64)[0])[0]
+    a, b = basis[:, :64].float()[None], basis[:, 64:].float()[None]
+    for method in ("packed", "direct"):
+        found = overlap_blocks([a], [b], [(0, 0)], method=method)[0, 0]
+        assert float(found.abs()) < 5e-5
+
+
+def test_projection_kernel_of_a_basis_with_itself_is_its_rank():
+    bases = orthonormal_bases(random_stack(4, 200, 16, 0)).vectors
+    for method in ("packed", "direct"):
+        found = overlap_blocks([bases], None, [(0, 0)], method=method)[0, 0]
+        assert torch.allclose(found.diagonal(), torch.full((4,), 16.0), atol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    d_model=st.integers(2, 40), rank=st.integers(1, 12), n_heads=st.integers(1, 6),
+    seed=st.integers(0, 999), packed=st.booleans(),
+)  # fmt: skip
+def test_invariances(d_model, rank, n_heads, seed, packed):
+    """Symmetric, blind to a joint rotation, and equivariant under a permutation of heads."""
+    method = "packed" if packed else "direct"
+    stack = random_stack(n_heads, d_model, rank, seed, torch.float64)
+    rotation = torch.linalg.qr(random_stack(1, d_model, d_model, seed + 1, torch.float64)[0])[0]
+    order = torch.randperm(n_heads, generator=torch.Generator().manual_seed(seed))
+    plain = overlap_blocks([stack], None, [(0, 0)], method=method)[0, 0]
+    rotated = overlap_blocks([rotation @ stack], None, [(0, 0)], method=method)[0, 0]
+    permuted = overlap_blocks([stack[order]], None, [(0, 0)], method=method)[0, 0]
+    scale = float(plain.abs().max())
+    assert torch.allclose(plain, plain.T, atol=1e-9 * scale)
+    assert torch.allclose(plain, rotated, atol=1e-9 * scale)
+    assert torch.allclose(plain[order][:, order], permuted, atol=1e-9 * scale)
+
+
+def test_progress_ends_at_one():
+    seen = []
+    for method in ("packed", "direct"):
+        overlap_blocks(
+            [random_stack(3, 300, 4, 0)], None, [(0, 0)], method=method, progress=seen.append
+        )
+        assert seen[-1] == 1.0
+        assert seen == sorted(seen)
+        seen.clear()
+
+
+def test_fast_path_leaves_the_setting_as_it_was():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with fast_float32_matmul(torch.device("cpu")):
+        a, b = random_stack(2, 300, 300, 5)
+        error = (a @ b).double() - a.double() @ b.double()
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    assert float(error.norm() / (a.double() @ b.double()).norm()) < 2e-6
+
+
+def test_map_factors_carry_the_norm_of_the_map():
+    w_v, w_o = random_stack(4, 30, 6, 0), random_stack(4, 30, 6, 1)
+    w_v[3, :, 2:] = 0
+    norms = torch.stack([(v @ o.T).norm() for v, o in zip(w_v.double(), w_o.double(), strict=True)])
+    factors = map_factors(w_o, w_v)
+    assert torch.allclose(factors.double().flatten(1).norm(dim=1), norms, rtol=1e-5)
+    assert torch.allclose(product_norms(w_v, w_o), norms, rtol=1e-9)
+    roots = gram_roots(w_v).double()
+    assert torch.allclose(roots @ roots.mT, w_v.double().mT @ w_v.double(), atol=1e-3)
+
+
+def test_signed_identity_of_projectors_and_their_negatives():
+    basis = torch.linalg.qr(random_stack(1, 40, 8, 0, torch.float64)[0])[0][None]
+    stack = torch.cat([basis, basis])
+    signs = torch.tensor([1.0, -2.5], dtype=torch.float64)[:, None, None]
+    scores = signed_identity(stack, stack * signs, torch.tensor([8, 8]))
+    assert scores.tolist() == pytest.approx([1.0, -1.0])
