@@ -1,0 +1,28 @@
+"""Reading attention heads from checkpoints and live models."""
+
+from __future__ import annotations
+
+from skhead.weights.live import register_model, unregister_model
+from skhead.weights.stacks import RoleStack, load_weights, read_role
+from skhead.weights.table import (
+    HEAD_COLUMNS,
+    SourceInfo,
+    check_heads,
+    describe_sources,
+    head_labels,
+    load_heads,
+)
+
+__all__ = [
+    "HEAD_COLUMNS",
+    "RoleStack",
+    "SourceInfo",
+    "check_heads",
+    "describe_sources",
+    "head_labels",
+    "load_heads",
+    "load_weights",
+    "read_role",
+    "register_model",
+    "unregister_model",
+]

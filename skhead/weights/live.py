@@ -1,0 +1,131 @@
+"""Live models: torch modules registered under a name, for this process only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from skhead import datasets
+from skhead.exceptions import UnsupportedLayoutError
+from skhead.weights import bridges
+from skhead.weights.files import Checkpoint
+from skhead.weights.layouts import PART_NAMES
+from skhead.weights.lens import has_lens_names
+from skhead.weights.readers import MappingReader
+
+__all__ = ["is_registered", "open_live", "register_model", "unregister_model"]
+
+_MODELS: dict[str, Any] = {}
+
+
+def register_model(module: torch.nn.Module | Mapping[str, torch.Tensor], name: str) -> str:
+    """Make a model in memory a source that :func:`load_heads` finds by name.
+
+    The weights are read from the module whenever they are needed, so that training it further
+    shows in later reads. Only this process knows the name: a worker process of joblib does not.
+
+    Parameters
+    ----------
+    module : torch.nn.Module or mapping of str to torch.Tensor
+        A Hugging Face model, a TransformerLens bridge, or tensors under TransformerLens names:
+        ``blocks.0.attn.W_Q`` of shape (heads, d_model, d_head) and the like.
+    name : str
+        A name in use is given to the new module.
+
+    Returns
+    -------
+    str
+        `name`.
+
+    Raises
+    ------
+    ValueError
+        If the name is empty, ends like a part of an address, or belongs to a bundled model.
+    UnsupportedLayoutError
+        If the module tells neither a configuration nor TransformerLens' names.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import skhead
+    >>> shapes = {"W_Q": (2, 8, 4), "W_K": (2, 8, 4), "W_V": (2, 8, 4), "W_O": (2, 4, 8)}
+    >>> tensors = {f"blocks.0.attn.{key}": torch.randn(shape) for key, shape in shapes.items()}
+    >>> skhead.load_heads(skhead.register_model(tensors, "toy")).index.tolist()
+    ['L0H0', 'L0H1']
+    >>> skhead.unregister_model("toy")
+    """
+    if not isinstance(name, str) or not name or name != name.strip():
+        raise ValueError(f"register_model: name must be a non-empty string, got {name!r}.")
+    if name.rpartition("#")[2] in PART_NAMES and "#" in name:
+        raise ValueError(f"register_model: name {name!r} ends like a part; leave the '#...' out.")
+    if name in datasets.list_models():
+        raise ValueError(f"register_model: {name!r} is the name of a bundled model; take another.")
+    _open(module, name)
+    _MODELS[name] = module
+    return name
+
+
+def unregister_model(name: str) -> None:
+    """Forget a live model, so that its memory can be freed.
+
+    Parameters
+    ----------
+    name : str
+
+    Raises
+    ------
+    ValueError
+        If no live model has that name.
+    """
+    if name not in _MODELS:
+        known = ", ".join(map(repr, sorted(_MODELS))) or "none"
+        raise ValueError(f"unregister_model: no live model is named {name!r}; registered: {known}.")
+    del _MODELS[name]
+
+
+def is_registered(name: str) -> bool:
+    """Return whether a live model has that name in this process."""
+    return name in _MODELS
+
+
+def open_live(name: str) -> Checkpoint:
+    """Return a registered model's present weights."""
+    return _open(_MODELS[name], name)
+
+
+def _open(module: Any, name: str) -> Checkpoint:
+    label = f"live model {name!r}"
+    if isinstance(module, Mapping):
+        return Checkpoint(name, MappingReader(label, _lens_tensors(module, label)), config=None)
+    if not isinstance(module, torch.nn.Module):
+        raise UnsupportedLayoutError(
+            f"{label}: a {type(module).__name__} is neither a torch module nor a mapping of names "
+            "to tensors."
+        )
+    if bridges.is_bridge(module):
+        tensors = bridges.BridgeTensors(module, label)
+        reader = MappingReader(label, tensors)
+        return Checkpoint(name, reader, config=None, norm=bridges.norm_of(module))
+    config: Any = getattr(module, "config", None)
+    if hasattr(config, "to_dict"):
+        return Checkpoint(name, MappingReader(label, module.state_dict()), config.to_dict())
+    raise UnsupportedLayoutError(
+        f"{label}: a {type(module).__name__} has no Hugging Face config and is no TransformerLens "
+        "bridge. Pass a mapping of tensors named like blocks.0.attn.W_Q (heads, d_model, d_head)."
+    )
+
+
+def _lens_tensors(tensors: Mapping[str, torch.Tensor], label: str) -> Mapping[str, torch.Tensor]:
+    for key, value in tensors.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise UnsupportedLayoutError(
+                f"{label}: entry {key!r} is a {type(value).__name__}, not a tensor under a name."
+            )
+    if not has_lens_names(tensors):
+        raise UnsupportedLayoutError(
+            f"{label}: the mapping does not have TransformerLens names (blocks.0.attn.W_Q). Seen: "
+            f"{', '.join(map(repr, sorted(tensors)[:8])) or 'none'}."
+        )
+    return tensors

@@ -1,0 +1,186 @@
+"""Readers: one protocol for tensors by name, whatever holds them."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+
+from skhead.exceptions import CheckpointError, UnsafeCheckpointError, UnsupportedLayoutError
+from skhead.weights.headers import TensorInfo, read_header
+
+__all__ = ["MappingReader", "SafetensorsReader", "TensorReader", "open_torch_file", "torch_dtype"]
+
+_TORCH_DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+_META = "META"
+_NAMES = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
+
+
+class TensorReader(Protocol):
+    """What the rest of the room needs of a checkpoint.
+
+    Attributes
+    ----------
+    label : str
+        The directory, file or model to name in errors.
+    """
+
+    label: str
+
+    def names(self) -> Collection[str]:
+        """Return the names of all tensors."""
+
+    def info(self, name: str) -> TensorInfo:
+        """Return dtype, shape and holder of a tensor without reading its data."""
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor; its data is read when it is used."""
+
+
+def torch_dtype(info: TensorInfo, what: str) -> torch.dtype:
+    """Return the torch dtype of a stored tensor that holds ordinary floating-point numbers.
+
+    Parameters
+    ----------
+    info : TensorInfo
+    what : str
+        The tensor, to name in the error.
+
+    Raises
+    ------
+    UnsupportedLayoutError
+        If the storage is quantised (integers, or floats of eight bits or fewer), or there is none
+        because a live tensor is on the meta device.
+    """
+    if info.dtype == _META:
+        raise UnsupportedLayoutError(
+            f"{info.file}: tensor {what} is on the meta device, which holds no values. Load the "
+            "model's weights before it is read."
+        )
+    if info.dtype not in _TORCH_DTYPES:
+        raise UnsupportedLayoutError(
+            f"{info.file}: tensor {what} is stored as {info.dtype}. Quantised weights cannot be "
+            "read as they are; give the float16, bfloat16 or float32 checkpoint of the model."
+        )
+    return _TORCH_DTYPES[info.dtype]
+
+
+class SafetensorsReader:
+    """Tensors of one safetensors file or of the shards of an index.
+
+    Parameters
+    ----------
+    label : str
+    fetch : callable
+        ``shard name -> Path``: finds a shard, or downloads it.
+    shards : mapping of str to str, or str
+        Tensor name to shard name, as in an index; or the one file that holds everything.
+    """
+
+    def __init__(
+        self, label: str, fetch: Callable[[str], Path], shards: Mapping[str, str] | str
+    ) -> None:
+        self.label = label
+        self._fetch = fetch
+        self._headers: dict[str, dict[str, TensorInfo]] = {}
+        self._files: dict[str, Any] = {}
+        if isinstance(shards, str):
+            self._shard_of: Mapping[str, str] = dict.fromkeys(self._header(shards), shards)
+        else:
+            self._shard_of = shards
+
+    def names(self) -> Collection[str]:
+        """Return the names of all tensors."""
+        return self._shard_of.keys()
+
+    def info(self, name: str) -> TensorInfo:
+        """Return what the header of its shard says of a tensor."""
+        shard = self._shard_of[name]
+        try:
+            return self._header(shard)[name]
+        except KeyError:
+            raise CheckpointError(
+                f"{self.label}: the index places tensor {name!r} in {shard}, which does not hold "
+                "it. Download or save the checkpoint again."
+            ) from None
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor over the memory map of its shard."""
+        shard = self._shard_of[name]
+        self.info(name)
+        if shard not in self._files:
+            self._files[shard] = safe_open(self._fetch(shard), framework="pt", device="cpu")
+        return self._files[shard].get_tensor(name)
+
+    def _header(self, shard: str) -> dict[str, TensorInfo]:
+        if shard not in self._headers:
+            self._headers[shard] = read_header(self._fetch(shard))
+        return self._headers[shard]
+
+
+class MappingReader:
+    """Tensors of a state dict, of a live module or of a torch file."""
+
+    def __init__(self, label: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.label = label
+        self._tensors = tensors
+
+    def names(self) -> Collection[str]:
+        """Return the names of all tensors."""
+        return self._tensors.keys()
+
+    def info(self, name: str) -> TensorInfo:
+        """Return dtype, shape and holder of a tensor."""
+        tensor = self._tensors[name]
+        dtype = _META if tensor.is_meta else _NAMES.get(tensor.dtype, str(tensor.dtype))
+        return TensorInfo(dtype, tuple(tensor.shape), self.label)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor, detached from its graph."""
+        return self._tensors[name].detach()
+
+
+def open_torch_file(path: Path) -> MappingReader:
+    """Read a file written by ``torch.save`` without executing what it may contain.
+
+    Parameters
+    ----------
+    path : Path
+
+    Raises
+    ------
+    UnsafeCheckpointError
+        If ``torch.load(weights_only=True)`` refuses the file.
+    CheckpointError
+        If the file is damaged, or is not a flat mapping of names to tensors.
+    """
+    try:
+        content = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except pickle.UnpicklingError as error:
+        raise UnsafeCheckpointError(
+            f"{path} holds more than tensors, and torch.load(weights_only=True) refuses it. Save "
+            "the state dict alone, best as safetensors."
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as a torch file: {error}") from error
+    if not isinstance(content, Mapping) or not content:
+        raise CheckpointError(f"{path} holds no mapping of names to tensors.")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise CheckpointError(
+                f"{path} is not a flat state dict: its entry {name!r} is a "
+                f"{type(value).__name__}. Save the state dict alone."
+            )
+    return MappingReader(str(path), content)
