@@ -137,10 +137,10 @@ def read_role(
         fresh = [key for key in dict.fromkeys(job.keys) if key not in filled]
         if not fresh:
             continue
-        stack, job_eps = _read_layer(job, how, [key.number for key in fresh], tensor.device)
-        tensor[[keys[key] for key in fresh]] = stack
+        first = keys[fresh[0]]
+        out = tensor[first : first + len(fresh)]
+        eps = max(eps, _read_layer(job, how, [key.number for key in fresh], out))
         filled.update(fresh)
-        eps = max(eps, job_eps)
     return RoleStack(tensor, index, eps)
 
 
@@ -237,25 +237,26 @@ def _check_processing(job: _Job, how: _Processing) -> None:
         processing.warn_if_centring_changes_reading(job.plan, job.source)
 
 
-def _read_layer(
-    job: _Job, how: _Processing, numbers: list[int], device: torch.device
-) -> tuple[torch.Tensor, float]:
+def _read_layer(job: _Job, how: _Processing, numbers: list[int], out: torch.Tensor) -> float:
+    """Fill `out` with some matrices of a layer, and return the spacing of their stored format."""
     reader: TensorReader = job.checkpoint.reader
     slot = job.layer.slots[how.role]
     info = reader.info(slot.tensor)
     dtype = torch_dtype(info, repr(slot.tensor))
     stored = reader.tensor(slot.tensor)
     heads = cut_heads(stored, slot, how.role, job.layer, job.plan.d_head)
-    stack = heads[numbers].to(device).to(torch.float32)
-    _check_finite(stack, job, how.role, numbers, info.file)
+    out.copy_(heads if numbers == list(range(len(heads))) else heads[numbers])
+    _check_finite(out, job, how.role, numbers, info.file)
     if how.fold_norm:
-        processing.fold(stack, how.role, job.layer, job.plan, reader)
+        processing.fold(out, how.role, job.layer, job.plan, reader)
     if how.center:
-        processing.centre(stack)
-    return stack, float(torch.finfo(dtype).eps)
+        processing.centre(out)
+    return float(torch.finfo(dtype).eps)
 
 
 def _check_finite(stack: torch.Tensor, job: _Job, role: str, numbers: list[int], file: str) -> None:
+    if bool(torch.isfinite(stack.sum())):
+        return
     finite = torch.isfinite(stack).flatten(1).all(dim=1)
     if bool(finite.all()):
         return
