@@ -24,7 +24,8 @@ class Bases:
     Attributes
     ----------
     vectors : Tensor of shape (n_heads, d_model, max_rank)
-        Orthonormal columns, by falling singular value; columns past a head's rank are zero.
+        Orthonormal columns; columns past a head's rank are zero. Those of a head that is not kept
+        whole are its left singular vectors, by falling singular value.
     ranks : Tensor of shape (n_heads,), int64
         Number of directions kept for each head.
     numerical_ranks : Tensor of shape (n_heads,), int64
@@ -71,7 +72,7 @@ def orthonormal_bases(
 ) -> Bases:
     """Orthonormal bases of the column spaces of many matrices at once.
 
-    The float64 Gram matrix of each head is decomposed and multiplied back, which is as cheap as a
+    The float64 Gram matrix of each head is factored and multiplied back, which is cheaper than a
     float32 SVD and exact to float32 rounding while the condition number stays below 1e4; heads
     beyond that go through a float64 SVD of the matrix itself.
 
@@ -100,47 +101,62 @@ def orthonormal_bases(
     spectra = torch.empty(n_heads, width, dtype=torch.float64, device=work_device)
     kept = torch.empty(n_heads, dtype=torch.int64, device=work_device)
     measured = torch.empty_like(kept)
+    buffers = torch.empty(
+        2, min(_CHUNK, n_heads), d_model * d_head, dtype=torch.float64, device=work_device
+    )
     for start in range(0, n_heads, _CHUNK):
-        rows = slice(start, start + _CHUNK)
-        block = stack[rows].to(device=work_device, dtype=torch.float64)
-        left, sigma = _left_singular(block, eps)
-        numerical = (sigma > rank_tolerance(sigma, d_model, d_head, eps)[:, None]).sum(-1)
-        keep = _kept_ranks(sigma, numerical, rank)
-        left = (
-            _fix_signs(left) * (torch.arange(width, device=work_device) < keep[:, None])[:, None, :]
-        )
-        vectors[rows] = left.to(device=stack.device, dtype=out_dtype)
-        spectra[rows], measured[rows], kept[rows] = sigma, numerical, keep
+        rows = slice(start, min(start + _CHUNK, n_heads))
+        count = rows.stop - start
+        block = buffers[0, :count].view(count, d_model, d_head).copy_(stack[rows])
+        sigma, keep, measured[rows], mix = _orthonormaliser(block, rank, eps)
+        out = buffers[1, :count].view(-1)[: count * d_model * width].view(count, d_model, width)
+        vectors[rows] = torch.bmm(block, mix, out=out)
+        spectra[rows], kept[rows] = sigma, keep
     max_rank = max(int(kept.max()), 1) if n_heads else width
     if max_rank < width:
         vectors = vectors[:, :, :max_rank].contiguous()
     return Bases(vectors, kept, measured, spectra)
 
 
-def _left_singular(block: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Left singular vectors and singular values of float64 matrices, falling."""
-    d_model, d_head = block.shape[-2:]
-    if d_head > d_model:
-        return _svd(block)
-    eigenvalues, right = torch.linalg.eigh(block.mT @ block)
-    sigma = eigenvalues.flip(-1).clamp_min(0).sqrt()
-    left = (block @ right.flip(-1)) / torch.where(sigma > 0, sigma, 1.0)[:, None, :]
-    hard = _beyond_gram(sigma, rank_tolerance(sigma, d_model, d_head, eps))
+def _orthonormaliser(
+    block: torch.Tensor, rank: int | float | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Spectrum, kept and numerical ranks, and matrices A for which ``block @ A`` is orthonormal."""
+    n_heads, d_model, d_head = block.shape
+    width = min(d_model, d_head)
+    gram = block.mT @ block
+    sigma = torch.linalg.eigvalsh(gram).flip(-1)[:, :width].clamp_min(0).sqrt()
+    tolerance = rank_tolerance(sigma, d_model, d_head, eps)[:, None]
+    hard = _beyond_gram(sigma, tolerance)
     if hard.any():
-        left[hard], sigma[hard] = _svd(block[hard])
-    return left, sigma
+        sigma[hard] = torch.linalg.svdvals(block[hard])
+    numerical = (sigma > tolerance).sum(-1)
+    kept = _kept_ranks(sigma, numerical, rank)
+    whole = ~hard & (kept == d_head)
+    if whole.all():
+        return sigma, kept, numerical, _inverse_root(gram)
+    mix = block.new_zeros(n_heads, d_head, width)
+    if whole.any():
+        mix[whole] = _inverse_root(gram[whole])
+    mix[hard] = _fix_signs(torch.linalg.svd(block[hard], full_matrices=False)[2].mT)
+    rest = ~hard & ~whole
+    mix[rest] = _fix_signs(torch.linalg.eigh(gram[rest])[1].flip(-1)[:, :, :width])
+    used = torch.arange(width, device=block.device) < kept[:, None]
+    scale = torch.where(used & ~whole[:, None], 1 / sigma, used.to(sigma.dtype))
+    return sigma, kept, numerical, mix * scale[:, None, :]
 
 
 def _beyond_gram(sigma: torch.Tensor, tolerance: torch.Tensor) -> torch.Tensor:
     """Heads whose smallest direction that may count is too small for the Gram matrix."""
     gram_noise = sigma[:, :1] / GRAM_CONDITION_LIMIT
-    doubtful = (sigma < gram_noise) & (gram_noise > tolerance[:, None])
+    doubtful = (sigma < gram_noise) & (gram_noise > tolerance)
     return doubtful.any(-1)
 
 
-def _svd(block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    left, sigma, _ = torch.linalg.svd(block, full_matrices=False)
-    return left, sigma
+def _inverse_root(gram: torch.Tensor) -> torch.Tensor:
+    """Upper triangular A with ``A^T gram A = 1``, for Gram matrices of full rank."""
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(gram).mT, identity, upper=True)
 
 
 def _kept_ranks(
@@ -157,6 +173,5 @@ def _kept_ranks(
 
 def _fix_signs(vectors: torch.Tensor) -> torch.Tensor:
     """Make the entry of largest size in every column positive, so that results are repeatable."""
-    peak = vectors.abs().argmax(dim=-2, keepdim=True)
-    signs = torch.gather(vectors, -2, peak).sign()
-    return vectors * torch.where(signs == 0, torch.ones_like(signs), signs)
+    peak = torch.gather(vectors, -2, vectors.abs().argmax(dim=-2, keepdim=True))
+    return torch.where(peak < 0, -vectors, vectors)

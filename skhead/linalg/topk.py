@@ -27,20 +27,16 @@ def largest_entries(
     -------
     rows, columns : ndarray of shape (at most k,)
     """
-    defined = np.where(np.isnan(values), -np.inf, values)
-    peaks = defined.max(axis=1, initial=-np.inf)
-    if len(peaks) > k:
-        cut = np.partition(peaks, -k)[-k]
-        candidates = np.flatnonzero(peaks >= cut)
-    else:
-        candidates = np.arange(len(peaks))
-    flat = defined[candidates].ravel()
-    if flat.size > k:
-        threshold = np.partition(flat, -k)[-k]
-        chosen = np.flatnonzero(flat >= threshold)
-    else:
-        chosen = np.arange(flat.size)
-    chosen = chosen[flat[chosen] > -np.inf]
+    peaks = np.fmax.reduce(values, axis=1, initial=-np.inf)
+    candidates = np.flatnonzero(peaks >= _kth_largest(peaks, k))
+    flat = values[candidates].ravel()
+    flat[np.isnan(flat)] = -np.inf
+    chosen = np.flatnonzero((flat >= _kth_largest(flat, k)) & (flat > -np.inf))
     order = chosen[np.argsort(-flat[chosen], kind="stable")][:k]
     rows, columns = np.divmod(order, values.shape[1])
     return candidates[rows], columns
+
+
+def _kth_largest(values: NDArray[np.floating], k: int) -> float:
+    """The `k`-th largest value, or the smallest where there are fewer."""
+    return float(np.partition(values, -k)[-k]) if values.size > k else float("-inf")

@@ -78,6 +78,14 @@ def unregister_model(name: str) -> None:
     ------
     ValueError
         If no live model has that name.
+
+    Examples
+    --------
+    >>> import torch, skhead
+    >>> shapes = {"W_Q": (2, 8, 3), "W_K": (2, 8, 3), "W_V": (2, 8, 3), "W_O": (2, 3, 8)}
+    >>> model = {f"blocks.0.attn.{name}": torch.ones(shape) for name, shape in shapes.items()}
+    >>> name = skhead.register_model(model, "short-lived")
+    >>> skhead.unregister_model(name)
     """
     if name not in _MODELS:
         known = ", ".join(map(repr, sorted(_MODELS))) or "none"

@@ -1,0 +1,326 @@
+"""What all estimators share: the doors by which heads come in, devices, budgets, output policy."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils import Tags
+from tqdm import tqdm
+
+from skhead.containers import RoleBases, Subspaces
+from skhead.exceptions import DegenerateHeadError, HeadShapeError, ProvenanceMismatchError
+from skhead.linalg.bases import orthonormal_bases
+from skhead.weights import RoleStack, check_heads, head_labels, read_role
+
+__all__ = [
+    "HeadEstimator",
+    "HeadInput",
+    "as_subspaces",
+    "check_pairs",
+    "check_same_record",
+    "defined_pairs",
+    "extract_subspaces",
+    "parse_bytes",
+    "progress_bar",
+]
+
+ROLES = "QKVO"
+#: The role of a stack that was brought without saying what its matrices are.
+ANONYMOUS = "X"
+#: The layer number of heads that have none.
+NO_LAYER = -1
+
+_BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
+
+
+class HeadEstimator(TransformerMixin, BaseEstimator):
+    """Base of estimators whose samples are attention heads."""
+
+    d_model_: int
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array = False
+        tags.input_tags.three_d_array = True
+        tags.target_tags.required = False
+        return tags
+
+    def _check_width(self, d_model: int) -> None:
+        """Refuse heads of another model width than the fitted one."""
+        if d_model != self.d_model_:
+            raise HeadShapeError(
+                f"{type(self).__name__}: was fitted on heads of d_model {self.d_model_}, "
+                f"but these have d_model {d_model}; heads of different widths share no space"
+            )
+
+
+@dataclass(frozen=True)
+class HeadInput:
+    """Heads that came in by either door: a table to read from, or stacks already in memory."""
+
+    heads: pd.DataFrame
+    stacks: Mapping[str, torch.Tensor] | None
+
+    @property
+    def d_model(self) -> int:
+        """Dimension of the residual stream."""
+        return int(self.heads["d_model"].iloc[0])
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether every head says which layer it is in."""
+        return bool((self.heads["layer"] != NO_LAYER).all())
+
+    def read(
+        self, role: str, *, fold_norm: bool, center: bool, device: torch.device | str | None
+    ) -> RoleStack:
+        """The matrices of one role, ``(n_distinct, d_model, d_head)``, with their index."""
+        if self.stacks is None:
+            target = default_device() if device is None else device
+            return read_role(self.heads, role, fold_norm=fold_norm, center=center, device=target)
+        stack = self.stacks[role]
+        stack = stack if device is None else stack.to(device)
+        eps = torch.finfo(stack.dtype).eps
+        stack = stack.to(torch.promote_types(stack.dtype, torch.float32))
+        return RoleStack(stack, np.arange(len(stack), dtype=np.int64), eps)
+
+
+def default_device() -> torch.device:
+    """The GPU that CUDA puts first, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def open_door(X: Any, caller: str) -> HeadInput:
+    """Heads from a heads table, a stack of one role, or a stack of all four.
+
+    Parameters
+    ----------
+    X : DataFrame, array or Tensor
+        A heads table; ``(n_heads, d_model, d_head)``; or ``(n_heads, 4, d_model, d_head)`` holding
+        W_Q, W_K, W_V and W_O transposed, all in residual coordinates.
+    caller : str
+        Estimator to name in errors.
+
+    Raises
+    ------
+    HeadTableError, HeadShapeError, DegenerateHeadError
+        If the table or stack cannot be read as heads.
+    """
+    if isinstance(X, pd.DataFrame):
+        return HeadInput(check_heads(X, caller), None)
+    stack = _as_tensor(X, caller)
+    if stack.ndim == 4:
+        stacks = {role: stack[:, i] for i, role in enumerate(ROLES)}
+    else:
+        stacks = {ANONYMOUS: stack}
+    return HeadInput(_table_of_stack(stack), stacks)
+
+
+def _as_tensor(X: Any, caller: str) -> torch.Tensor:
+    if not isinstance(X, torch.Tensor):
+        array = np.asarray(X)
+        if array.dtype.kind not in "fiu":
+            raise HeadShapeError(
+                f"{caller}: expected a heads table from load_heads, or a real numeric stack "
+                f"(n_heads, d_model, d_head); got {type(X).__name__} of dtype {array.dtype}"
+            )
+        if array.dtype.kind != "f":
+            array = array.astype(np.float64)
+        X = torch.from_numpy(np.require(array, requirements="W"))
+    if not X.dtype.is_floating_point:
+        X = X.to(torch.float64)
+    four_roles = X.ndim == 4 and X.shape[1] == len(ROLES)
+    if not (X.ndim == 3 or four_roles) or 0 in X.shape:
+        raise HeadShapeError(
+            f"{caller}: a stack must have shape (n_heads, d_model, d_head), or (n_heads, 4, "
+            "d_model, d_head) for Q, K, V, O, and hold at least one head; got shape "
+            f"{tuple(X.shape)}"
+        )
+    bad = ~torch.isfinite(X).flatten(1).all(1)
+    if bad.any():
+        raise DegenerateHeadError(
+            f"{caller}: head {int(bad.nonzero()[0])} of the stack holds NaN or infinite values; "
+            "repair or remove it"
+        )
+    return X
+
+
+def _table_of_stack(stack: torch.Tensor) -> pd.DataFrame:
+    """A heads table for matrices without a model; a head is recognised by its content."""
+    rows = stack.detach().cpu().to(torch.promote_types(stack.dtype, torch.float32)).numpy()
+    sources = [
+        f"array:{hashlib.blake2b(np.ascontiguousarray(row).tobytes(), digest_size=8).hexdigest()}"
+        for row in rows
+    ]
+    n_heads = len(sources)
+    return pd.DataFrame(
+        {
+            "source": sources,
+            "layer": NO_LAYER,
+            "head": 0,
+            "kv_head": 0,
+            "n_layers": 0,
+            "d_model": stack.shape[-2],
+            "d_head": stack.shape[-1],
+        },
+        index=pd.Index([f"H{i}" for i in range(n_heads)], dtype=object),
+    )
+
+
+def extract_subspaces(
+    source: HeadInput,
+    roles: Sequence[str],
+    *,
+    rank: int | float | None,
+    fold_norm: bool,
+    center: bool,
+    device: torch.device | str | None,
+    caller: str,
+) -> Subspaces:
+    """Orthonormal bases of every head and role.
+
+    Raises
+    ------
+    DegenerateHeadError
+        If a head's matrix is zero.
+    """
+    bases = {}
+    for role in progress_bar(roles, "bases", unit="role"):
+        read = source.read(role, fold_norm=fold_norm, center=center, device=device)
+        found = orthonormal_bases(read.tensor, rank=rank, eps=read.eps)
+        ranks = found.ranks.cpu().numpy()
+        _refuse_zero(ranks, read.index, source.heads, role, caller)
+        bases[role] = RoleBases(
+            found.vectors, ranks, read.index, found.singular_values.cpu().numpy()
+        )
+    record = {"fold_norm": fold_norm, "center": center, "rank": rank}
+    return Subspaces(source.heads, bases, record)
+
+
+def _refuse_zero(
+    ranks: NDArray[np.int64], index: NDArray[np.int64], heads: pd.DataFrame, role: str, caller: str
+) -> None:
+    zero = np.flatnonzero(ranks[index] == 0)
+    if zero.size:
+        label = head_labels(heads)[zero[0]]
+        name = f"W_{role}" if role in ROLES else "matrix"
+        raise DegenerateHeadError(
+            f"{caller}: {label} {name} is zero (rank 0), so that it spans no subspace; "
+            "drop the head, for example heads.drop(index=...)"
+        )
+
+
+def as_subspaces(X: Any, roles: Sequence[str], device: Any, caller: str) -> Subspaces:
+    """Subspaces as they are, or raw full-rank ones of heads that come by another door."""
+    if isinstance(X, Subspaces):
+        return X
+    source = open_door(X, caller)
+    wanted = [ANONYMOUS] if source.stacks is not None and ANONYMOUS in source.stacks else roles
+    return extract_subspaces(
+        source, wanted, rank=None, fold_norm=False, center=False, device=device, caller=caller
+    )
+
+
+def check_pairs(pairs: Any, allowed: Sequence[str], caller: str) -> tuple[str, ...]:
+    """Pair kinds as a tuple, each one of `allowed` and none twice."""
+    listed = (pairs,) if isinstance(pairs, str) else tuple(pairs)
+    unknown = [pair for pair in listed if pair not in allowed]
+    if unknown or not listed or len(set(listed)) != len(listed):
+        what = f"unknown pair {unknown[0]!r}" if unknown else f"got {pairs!r}"
+        raise ValueError(
+            f"{caller}: pairs must be distinct names from {', '.join(allowed)} "
+            f"(role of the row head, role of the column head); {what}"
+        )
+    return listed
+
+
+def check_option(name: str, value: Any, options: Sequence[Any], caller: str) -> None:
+    """Refuse a parameter value that is not one of the options."""
+    if not any(value is option or value == option for option in options):
+        raise ValueError(
+            f"{caller}: {name} must be one of {', '.join(map(repr, options))}; got {value!r}"
+        )
+
+
+def check_same_record(fitted: Mapping[str, Any], given: Mapping[str, Any], caller: str) -> None:
+    """Refuse to compare heads whose weights were processed differently."""
+    differing = [key for key in fitted if fitted[key] != given.get(key)]
+    if differing:
+        listed = ", ".join(f"{key}={fitted[key]!r} against {given.get(key)!r}" for key in differing)
+        raise ProvenanceMismatchError(
+            f"{caller}: fitted and given heads were processed differently ({listed}); "
+            "extract both with the same SubspaceExtractor"
+        )
+
+
+def defined_pairs(
+    rows: pd.DataFrame, columns: pd.DataFrame, same_role: bool, layer_order: str
+) -> NDArray[np.bool_]:
+    """Which (row, column) pairs of one kind are defined.
+
+    Parameters
+    ----------
+    rows, columns : DataFrame
+        Heads tables.
+    same_role : bool
+        Whether both heads play one role, in which a head against itself says nothing.
+    layer_order : {"forward", "all"}
+        "forward" asks for the row's layer to be strictly below the column's.
+
+    Returns
+    -------
+    ndarray of shape (n_rows, n_columns)
+    """
+    if layer_order == "forward":
+        return rows["layer"].to_numpy()[:, None] < columns["layer"].to_numpy()[None, :]
+    defined = np.ones((len(rows), len(columns)), dtype=bool)
+    if same_role:
+        keys = ["source", "layer", "head"]
+        both = pd.concat([rows[keys], columns[keys]]).groupby(keys, sort=False).ngroup().to_numpy()
+        defined &= both[: len(rows), None] != both[None, len(rows) :]
+    return defined
+
+
+def parse_bytes(value: int | str, caller: str) -> int:
+    """A memory budget in bytes from an int or a text such as ``"1GiB"`` or ``"500MB"``."""
+    if isinstance(value, str):
+        match = _BYTES.fullmatch(value)
+        if match:
+            number, prefix, binary = match.groups()
+            base = 1024 if binary else 1000
+            return int(float(number) * base ** " KMGT".index(prefix.upper() or " "))
+    elif not isinstance(value, bool) and isinstance(value, int | np.integer) and value > 0:
+        return int(value)
+    raise ValueError(
+        f"{caller}: max_memory must be a positive number of bytes or a text such as '1GiB'; "
+        f"got {value!r}"
+    )
+
+
+def progress_bar(items: Sequence[Any], description: str, unit: str) -> Iterator[Any]:
+    """Iterate with a progress bar that shows itself only when the work takes over two seconds."""
+    yield from tqdm(items, desc=description, unit=unit, delay=2.0, leave=False, disable=None)
+
+
+@contextmanager
+def progress_fraction(description: str) -> Iterator[Callable[[float], None]]:
+    """A callback for the fraction done, shown as a bar when the work takes over two seconds."""
+    bar_format = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
+    with tqdm(
+        total=1.0, desc=description, delay=2.0, leave=False, disable=None, bar_format=bar_format
+    ) as bar:
+
+        def advance(fraction: float) -> None:
+            bar.update(fraction - bar.n)
+
+        yield advance

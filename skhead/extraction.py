@@ -1,0 +1,177 @@
+"""From heads to the subspaces that they read from and write to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.utils.validation import check_is_fitted
+
+from skhead._base import ANONYMOUS, ROLES, HeadEstimator, HeadInput, extract_subspaces, open_door
+from skhead.containers import Subspaces
+from skhead.exceptions import HeadShapeError
+
+__all__ = ["SubspaceExtractor"]
+
+
+class SubspaceExtractor(HeadEstimator, auto_wrap_output_keys=None):  # type: ignore[call-arg]
+    """Orthonormal bases of the column spaces of W_Q, W_K, W_V and W_O^T, head by head.
+
+    All bases lie in residual coordinates, so that what one head writes (role O) can be held against
+    what another reads (roles Q, K, V). The rank of every head is measured, and heads of unequal
+    rank are normal: a singular value counts if it is above the rounding of the stored entries (see
+    `skhead.linalg.bases.rank_tolerance`).
+
+    Parameters
+    ----------
+    roles : str, default="QKVO"
+        Which roles to extract from a heads table. A bare stack has one role, called "X".
+    rank : int, float or None, default=None
+        ``None`` keeps the whole column space; an int keeps at most so many leading singular
+        directions; a float in (0, 1) keeps the fewest that hold this share of the squared Frobenius
+        norm.
+    fold_norm : bool, default=False
+        Fold the gain of the norm in front of the head (and after it, where there is one) into the
+        weights.
+    center : bool, default=False
+        Subtract from every residual vector of the weights its mean over d_model.
+    device : str, torch.device or None, default=None
+        Where to compute; None means the input's device, or the GPU if there is one.
+
+    Attributes
+    ----------
+    d_model_ : int
+        Dimension of the residual stream.
+    roles_ : tuple of str
+        Roles that are extracted.
+
+    See Also
+    --------
+    ProjectionKernel : Compares the subspaces.
+
+    References
+    ----------
+    .. [1] H. Yamagiwa, S. Takase and H. Shimodaira, arXiv:2601.10266 (2026).
+
+    Examples
+    --------
+    >>> import skhead
+    >>> heads = skhead.load_heads("skhead/induction-2l")
+    >>> skhead.SubspaceExtractor(roles="OK", rank=0.9).fit_transform(heads).roles
+    ('O', 'K')
+    """
+
+    def __init__(
+        self,
+        roles: str = "QKVO",
+        rank: int | float | None = None,
+        fold_norm: bool = False,
+        center: bool = False,
+        device: str | torch.device | None = None,
+    ) -> None:
+        self.roles = roles
+        self.rank = rank
+        self.fold_norm = fold_norm
+        self.center = center
+        self.device = device
+
+    def fit(self, X: Any, y: Any = None) -> SubspaceExtractor:
+        """Check the heads and remember their width; nothing else is learned.
+
+        Parameters
+        ----------
+        X : DataFrame, or array or Tensor of shape (n_heads, d_model, d_head)
+            Heads table or stack; a stack of shape (n_heads, 4, d_model, d_head) holds W_Q, W_K, W_V
+            and W_O transposed.
+        y : ignored
+
+        Returns
+        -------
+        self
+        """
+        self._fit(X)
+        return self
+
+    def _fit(self, X: Any) -> HeadInput:
+        source = open_door(X, type(self).__name__)
+        self._check_rank(int(source.heads["d_head"].iloc[0]))
+        self.roles_ = self._roles_of(source)
+        self.d_model_ = source.d_model
+        return source
+
+    def transform(self, X: Any) -> Subspaces:
+        """Bases of the heads.
+
+        Parameters
+        ----------
+        X : DataFrame, or array or Tensor
+            As for `fit`, of the same d_model.
+
+        Returns
+        -------
+        Subspaces
+        """
+        check_is_fitted(self)
+        source = open_door(X, type(self).__name__)
+        self._check_width(source.d_model)
+        if self._roles_of(source) != self.roles_:
+            raise HeadShapeError(
+                f"{type(self).__name__}: was fitted on roles {' '.join(self.roles_)}, but these "
+                f"heads come as roles {' '.join(self._roles_of(source))}; use one kind of input "
+                "for both"
+            )
+        return self._extract(source)
+
+    def fit_transform(self, X: Any, y: Any = None) -> Subspaces:
+        """Fit and transform in one pass; see `fit` and `transform`."""
+        return self._extract(self._fit(X))
+
+    def set_output(self, *, transform: str | None = None) -> SubspaceExtractor:
+        """Do nothing: subspaces have no tabular form, and the next step needs the container."""
+        return self
+
+    def _extract(self, source: HeadInput) -> Subspaces:
+        return extract_subspaces(
+            source,
+            self.roles_,
+            rank=self.rank if self.rank is None or self.rank < 1 else int(self.rank),
+            fold_norm=self.fold_norm,
+            center=self.center,
+            device=self.device,
+            caller=type(self).__name__,
+        )
+
+    def _roles_of(self, source: HeadInput) -> tuple[str, ...]:
+        name = type(self).__name__
+        if source.stacks is not None and (self.fold_norm or self.center):
+            raise ValueError(
+                f"{name}: fold_norm and center need the model's norms; a stack has none, "
+                "so pass a heads table or process the stack yourself"
+            )
+        if source.stacks is not None and ANONYMOUS in source.stacks:
+            return (ANONYMOUS,)
+        roles = tuple(self.roles)
+        if not roles or len(set(roles)) != len(roles) or not set(roles) <= set(ROLES):
+            raise ValueError(
+                f"{name}: roles must be distinct letters of 'QKVO', got {self.roles!r}"
+            )
+        return roles
+
+    def _check_rank(self, d_head: int) -> None:
+        rank = self.rank
+        if rank is None:
+            return
+        name = type(self).__name__
+        if isinstance(rank, bool) or not isinstance(rank, int | float | np.number):
+            raise ValueError(f"{name}: rank must be None, an int or a float; got {rank!r}")
+        whole = isinstance(rank, int | np.integer)
+        if whole and not 1 <= rank <= d_head:
+            raise ValueError(
+                f"{name}: rank={rank} must lie between 1 and the head dimension {d_head}"
+            )
+        if not whole and not 0 < rank < 1:
+            raise ValueError(
+                f"{name}: a float rank is a share of the squared norm and must lie strictly "
+                f"between 0 and 1; got {rank!r} (use None for the whole space)"
+            )

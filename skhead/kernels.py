@@ -1,0 +1,492 @@
+"""Similarities between heads: the projection kernel and composition scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from sklearn.utils import Tags, TransformerTags
+from sklearn.utils._set_output import _get_output_config
+from sklearn.utils.validation import check_is_fitted
+
+from skhead._base import (
+    ANONYMOUS,
+    ROLES,
+    HeadEstimator,
+    HeadInput,
+    as_subspaces,
+    check_option,
+    check_pairs,
+    check_same_record,
+    defined_pairs,
+    open_door,
+    parse_bytes,
+    progress_fraction,
+)
+from skhead.containers import Similarity, Subspaces
+from skhead.exceptions import DegenerateHeadError, HeadShapeError
+from skhead.linalg.factored import map_factors
+from skhead.linalg.kernels import overlap_blocks
+from skhead.stats.haar import haar_moments
+from skhead.weights import head_labels
+
+__all__ = ["CompositionScore", "ProjectionKernel"]
+
+LAYER_ORDERS = ("forward", "all")
+
+#: Of the map that the column head reads through: the side that faces the row head, the side away
+#: from it.
+_READER_ROLES = {"OQ": ("Q", "K"), "OK": ("K", "Q"), "OV": ("V", "O")}
+
+
+class _PairwiseKernel(HeadEstimator):
+    """What the kernels share: checks, names of features, and the form of the output."""
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags = TransformerTags(preserves_dtype=["float32"])
+        return tags
+
+    def get_feature_names_out(self, input_features: Any = None) -> NDArray[np.object_]:
+        """Names of the columns of the 2-D form, such as ``"OQ:L4H7"``.
+
+        Parameters
+        ----------
+        input_features : ignored
+
+        Returns
+        -------
+        ndarray of shape (n_pairs * n_reference_heads,)
+        """
+        check_is_fitted(self)
+        labels = head_labels(self.reference_heads_)
+        return np.asarray([f"{p}:{label}" for p in self.pairs_ for label in labels], dtype=object)
+
+    def fit_transform(self, X: Any, y: Any = None) -> Any:
+        """Fit on the heads and compare them with each other.
+
+        Parameters
+        ----------
+        X : Subspaces, DataFrame, array or Tensor
+            As for `fit`.
+        y : ignored
+
+        Returns
+        -------
+        Similarity
+            Or a DataFrame of its 2-D form, after ``set_output(transform="pandas")``.
+        """
+        self._fit(X)
+        return self._compare_with_reference(None)
+
+    def _output(self, similarity: Similarity) -> Any:
+        """The container, or its 2-D form where the user has asked for data frames."""
+        if _get_output_config("transform", self)["dense"] == "default":
+            return similarity
+        labels = pd.Index(head_labels(similarity.rows))
+        return pd.DataFrame(np.asarray(similarity), labels, similarity.feature_names)
+
+    def _overlaps(
+        self,
+        rows: Sequence[torch.Tensor],
+        columns: Sequence[torch.Tensor] | None,
+        blocks: Sequence[tuple[int, int]],
+    ) -> dict[tuple[int, int], NDArray[np.floating]]:
+        name = type(self).__name__
+        with progress_fraction(name) as progress:
+            found = overlap_blocks(
+                rows,
+                columns,
+                blocks,
+                max_memory=parse_bytes(self.max_memory, name),
+                progress=progress,
+            )
+        return {block: values.cpu().numpy() for block, values in found.items()}
+
+
+class ProjectionKernel(_PairwiseKernel):
+    """Overlap of head subspaces, the sum of squared cosines of their principal angles.
+
+    For orthonormal bases U and V of ranks r and s in d_model dimensions, ``PK = ||U^T V||_F^2``
+    lies between ``max(0, r + s - d_model)`` and ``min(r, s)``; random subspaces have ``r s /
+    d_model`` on average. All pairs are computed exactly, in tiles that keep to a memory budget.
+
+    Parameters
+    ----------
+    pairs : sequence of str, default=("OQ", "OK", "OV")
+        Pair kinds: role of the row head, role of the column head, any two of Q, K, V, O. A bare
+        stack has one role and one kind, "XX".
+    layer_order : {"forward", "all"}, default="forward"
+        "forward" leaves NaN unless the row head's layer lies strictly below the column head's;
+        "all" compares every pair, a head with itself only between different roles. Heads of a bare
+        stack have no layers and are all compared.
+    normalize : {None, "rank", "cosine"}, default=None
+        Divide by ``min(r, s)`` or by ``sqrt(r s)``, the cosine between the two projectors.
+    max_memory : int or str, default="1GiB"
+        Scratch allowed beyond the input and the result.
+    device : str, torch.device or None, default=None
+        Where to compute; None means where the subspaces are.
+
+    Attributes
+    ----------
+    reference_ : Subspaces
+        The fitted heads, which become the columns.
+    reference_heads_ : DataFrame
+        Their heads table.
+    pairs_ : tuple of str
+        Pair kinds that are computed.
+    d_model_ : int
+        Dimension of the residual stream.
+
+    See Also
+    --------
+    SubspaceExtractor : Makes the subspaces, with options.
+    CompositionScore : Weighs directions by their gain instead of counting them alike.
+
+    References
+    ----------
+    .. [1] H. Yamagiwa, S. Takase and H. Shimodaira, arXiv:2601.10266 (2026).
+    .. [2] J. Hamm and D. D. Lee, "Grassmann discriminant analysis", ICML (2008).
+
+    Examples
+    --------
+    >>> import skhead
+    >>> heads = skhead.load_heads("skhead/induction-2l")
+    >>> kernel = skhead.ProjectionKernel(pairs=("OK", "VO"), layer_order="all")
+    >>> kernel.fit_transform(heads).values.shape
+    (16, 16, 2)
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[str] = ("OQ", "OK", "OV"),
+        layer_order: str = "forward",
+        normalize: str | None = None,
+        max_memory: int | str = "1GiB",
+        device: str | torch.device | None = None,
+    ) -> None:
+        self.pairs = pairs
+        self.layer_order = layer_order
+        self.normalize = normalize
+        self.max_memory = max_memory
+        self.device = device
+
+    def fit(self, X: Any, y: Any = None) -> ProjectionKernel:
+        """Keep the subspaces of the reference heads.
+
+        Parameters
+        ----------
+        X : Subspaces, DataFrame, or array or Tensor of shape (n_heads, d_model, d_head)
+            Subspaces, or heads whose raw full-rank subspaces are taken.
+        y : ignored
+
+        Returns
+        -------
+        self
+        """
+        self._fit(X)
+        return self
+
+    def _fit(self, X: Any) -> None:
+        name = type(self).__name__
+        check_option("layer_order", self.layer_order, LAYER_ORDERS, name)
+        check_option("normalize", self.normalize, (None, "rank", "cosine"), name)
+        parse_bytes(self.max_memory, name)
+        pairs = check_pairs(self.pairs, [a + b for a in ROLES for b in ROLES], name)
+        self.reference_ = as_subspaces(X, _roles_in(pairs), self.device, name)
+        anonymous = self.reference_.roles == (ANONYMOUS,)
+        self.pairs_ = (ANONYMOUS * 2,) if anonymous else pairs
+        for role in _roles_in(self.pairs_):
+            self.reference_.role(role)
+        self.reference_heads_ = self.reference_.heads
+        self.d_model_ = self.reference_.d_model
+
+    def transform(self, X: Any) -> Any:
+        """Compare heads with the reference heads.
+
+        Parameters
+        ----------
+        X : Subspaces, DataFrame, array or Tensor
+            As for `fit`, of the same d_model and processed in the same way.
+
+        Returns
+        -------
+        Similarity
+            Or a DataFrame of its 2-D form, after ``set_output(transform="pandas")``.
+        """
+        check_is_fitted(self)
+        name = type(self).__name__
+        rows = as_subspaces(X, _roles_in(self.pairs_), self.device, name)
+        self._check_width(rows.d_model)
+        check_same_record(self.reference_.record, rows.record, name)
+        return self._compare_with_reference(rows)
+
+    def _compare_with_reference(self, given: Subspaces | None) -> Any:
+        """Compare heads, or with None the reference heads themselves, with the reference."""
+        reference, rows = self.reference_, self.reference_ if given is None else given
+        roles = _roles_in(self.pairs_)
+        stacks = [self._stack(rows, role) for role in roles]
+        others = None if given is None else [self._stack(reference, role) for role in roles]
+        blocks = {pair: (roles.index(pair[0]), roles.index(pair[1])) for pair in self.pairs_}
+        found = self._overlaps(stacks, others, list(blocks.values()))
+        row_ranks = np.stack([rows.ranks(pair[0]) for pair in self.pairs_], axis=1)
+        column_ranks = np.stack([reference.ranks(pair[1]) for pair in self.pairs_], axis=1)
+        mean, sd = _haar_summary(row_ranks, column_ranks, self.d_model_, self.normalize)
+        values = np.empty((len(rows), len(reference), len(self.pairs_)), dtype=np.float32)
+        order = self.layer_order if self.pairs_ != (ANONYMOUS * 2,) else "all"
+        for p, (pair, block) in enumerate(blocks.items()):
+            distinct = found[block]
+            index = np.ix_(rows.role(pair[0]).index, reference.role(pair[1]).index)
+            scale = _scale(row_ranks[:, None, p], column_ranks[None, :, p], self.normalize)
+            defined = defined_pairs(rows.heads, reference.heads, pair[0] == pair[1], order)
+            values[:, :, p] = np.where(defined, distinct[index] / scale, np.nan)
+        unit = "pk" if self.normalize is None else f"pk/{self.normalize}"
+        return self._output(
+            Similarity(
+                values, self.pairs_, rows.heads, reference.heads, unit, dict(reference.record),
+                self.d_model_, row_ranks, column_ranks, mean, sd,
+            )
+        )  # fmt: skip
+
+    def _stack(self, subspaces: Subspaces, role: str) -> torch.Tensor:
+        vectors = subspaces.role(role).vectors
+        return vectors if self.device is None else vectors.to(self.device)
+
+
+class CompositionScore(_PairwiseKernel):
+    """How much of what one head writes passes through what another reads, gains included.
+
+    With the OV map ``W_V W_O`` of the row head and, for the column head, its QK map ``W_Q W_K^T``
+    (OQ), that map transposed (OK) or its OV map (OV),
+
+        ``||W_OV A||_F / (||W_OV||_F ||A||_F)``
+
+    lies in [0, 1]; independent isotropic maps have ``1/sqrt(d_model)`` whatever their ranks.
+
+    Parameters
+    ----------
+    pairs : sequence of {"OQ", "OK", "OV"}, default=("OQ", "OK", "OV")
+        Q-, K- and V-composition.
+    layer_order : {"forward", "all"}, default="forward"
+        "forward" leaves NaN unless the row head's layer lies strictly below the column head's.
+    baseline : {None, "difference", "ratio"}, default=None
+        Subtract ``1/sqrt(d_model)`` from the score, or divide the score by it.
+    fold_norm, center : bool, default=False
+        As for `SubspaceExtractor`. Folding changes the ranking of pairs entirely.
+    max_memory : int or str, default="1GiB"
+        Scratch allowed beyond the head factors and the result.
+    device : str, torch.device or None, default=None
+        Where to compute.
+
+    Attributes
+    ----------
+    reference_heads_ : DataFrame
+        Heads table of the fitted heads, which become the columns.
+    pairs_ : tuple of str
+        Pair kinds that are computed.
+    d_model_ : int
+        Dimension of the residual stream.
+
+    See Also
+    --------
+    ProjectionKernel : Counts shared directions alike, whatever their gain.
+
+    Notes
+    -----
+    ``||W_OV A||_F^2`` is the inner product of two positive semidefinite matrices, which are
+    compared through factors of shape ``(d_model, d_head)``; no map of model width is formed. The
+    score needs all four matrices, so a stack must have shape (n_heads, 4, d_model, d_head).
+
+    References
+    ----------
+    .. [1] N. Elhage et al., "A Mathematical Framework for Transformer Circuits", Transformer
+    Circuits
+       Thread (2021).
+
+    Examples
+    --------
+    >>> import skhead
+    >>> heads = skhead.load_heads("skhead/induction-2l")
+    >>> score = skhead.CompositionScore(pairs=["OK"], baseline="ratio").fit_transform(heads)
+    >>> score.top_pairs(1)[["pair", "rank"]].values.tolist()
+    [['OK', 1]]
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[str] = ("OQ", "OK", "OV"),
+        layer_order: str = "forward",
+        baseline: str | None = None,
+        fold_norm: bool = False,
+        center: bool = False,
+        max_memory: int | str = "1GiB",
+        device: str | torch.device | None = None,
+    ) -> None:
+        self.pairs = pairs
+        self.layer_order = layer_order
+        self.baseline = baseline
+        self.fold_norm = fold_norm
+        self.center = center
+        self.max_memory = max_memory
+        self.device = device
+
+    def fit(self, X: Any, y: Any = None) -> CompositionScore:
+        """Remember the reference heads.
+
+        Parameters
+        ----------
+        X : DataFrame, or array or Tensor of shape (n_heads, 4, d_model, d_head)
+            Heads table, or W_Q, W_K, W_V and W_O transposed.
+        y : ignored
+
+        Returns
+        -------
+        self
+        """
+        self._fit(X)
+        return self
+
+    def _fit(self, X: Any) -> None:
+        name = type(self).__name__
+        check_option("layer_order", self.layer_order, LAYER_ORDERS, name)
+        check_option("baseline", self.baseline, (None, "difference", "ratio"), name)
+        parse_bytes(self.max_memory, name)
+        self.pairs_ = check_pairs(self.pairs, ("OQ", "OK", "OV"), name)
+        self._reference = self._open(X)
+        self.reference_heads_ = self._reference.heads
+        self.d_model_ = self._reference.d_model
+
+    def transform(self, X: Any) -> Any:
+        """Compare heads with the reference heads.
+
+        Parameters
+        ----------
+        X : DataFrame, array or Tensor
+            As for `fit`, of the same d_model.
+
+        Returns
+        -------
+        Similarity
+            Or a DataFrame of its 2-D form, after ``set_output(transform="pandas")``.
+        """
+        check_is_fitted(self)
+        rows = self._open(X)
+        self._check_width(rows.d_model)
+        return self._compare_with_reference(rows)
+
+    def _open(self, X: Any) -> HeadInput:
+        source = open_door(X, type(self).__name__)
+        if source.stacks is not None and ANONYMOUS in source.stacks:
+            raise HeadShapeError(
+                f"{type(self).__name__}: a composition score needs all four matrices of a head; "
+                "pass a heads table or a stack of shape (n_heads, 4, d_model, d_head)"
+            )
+        if self.layer_order == "forward" and not source.has_layers:
+            raise HeadShapeError(
+                f"{type(self).__name__}: heads of a stack have no layers; "
+                "set layer_order='all' or pass a heads table"
+            )
+        return source
+
+    def _compare_with_reference(self, given: HeadInput | None) -> Any:
+        """Compare heads, or with None the reference heads themselves, with the reference."""
+        reference = self._reference
+        rows = reference if given is None else given
+        read = self._matrices(reference, self._roles_to_read())
+        own = read if given is None else self._matrices(given, "VO")
+        writer = map_factors(own["O"], own["V"])
+        readers = [self._reader(read, pair) for pair in self.pairs_]
+        found = self._overlaps([writer], readers, [(0, p) for p in range(len(readers))])
+        writer_norm = self._map_norms(writer, rows, "OV")
+        values = np.empty((len(rows.heads), len(reference.heads), len(readers)), dtype=np.float32)
+        for p, reader in enumerate(readers):
+            name = "OV" if self.pairs_[p] == "OV" else "QK"
+            norms = writer_norm[:, None] * self._map_norms(reader, reference, name)[None, :]
+            score = np.sqrt(np.maximum(found[0, p], 0.0)) / norms
+            defined = defined_pairs(rows.heads, reference.heads, False, self.layer_order)
+            values[:, :, p] = np.where(defined, self._above_baseline(score), np.nan)
+        chance = np.full((1, 1, len(readers)), self.d_model_**-0.5)
+        unit = "composition" if self.baseline is None else f"composition/{self.baseline}"
+        record = {"fold_norm": self.fold_norm, "center": self.center, "rank": None}
+        ranks = [
+            np.repeat(heads["d_head"].to_numpy()[:, None], len(readers), axis=1)
+            for heads in (rows.heads, reference.heads)
+        ]
+        return self._output(
+            Similarity(
+                values, self.pairs_, rows.heads, reference.heads, unit, record, self.d_model_,
+                ranks[0], ranks[1], self._above_baseline(chance), np.full((1, 1, 1), np.nan),
+            )
+        )  # fmt: skip
+
+    def _above_baseline(self, score: NDArray[np.float64]) -> NDArray[np.float64]:
+        chance = self.d_model_**-0.5
+        if self.baseline is None:
+            return score
+        return score - chance if self.baseline == "difference" else score / chance
+
+    def _roles_to_read(self) -> str:
+        return "VO" if self.pairs_ == ("OV",) else ROLES
+
+    def _matrices(self, source: HeadInput, roles: str) -> Mapping[str, torch.Tensor]:
+        read = {}
+        for role in roles:
+            stack = source.read(
+                role, fold_norm=self.fold_norm, center=self.center, device=self.device
+            )
+            read[role] = _expand(stack.tensor, stack.index)
+        return read
+
+    def _map_norms(
+        self, factors: torch.Tensor, source: HeadInput, name: str
+    ) -> NDArray[np.float64]:
+        """Frobenius norms of the maps behind the factors, none of them zero."""
+        norms = torch.linalg.vector_norm(factors, dim=(1, 2)).cpu().numpy().astype(np.float64)
+        if (norms == 0).any():
+            label = head_labels(source.heads)[int(np.flatnonzero(norms == 0)[0])]
+            raise DegenerateHeadError(
+                f"{type(self).__name__}: the {name} map of {label} is zero, so that nothing "
+                "composes with it; drop the head, for example heads.drop(index=...)"
+            )
+        return norms
+
+    @staticmethod
+    def _reader(read: Mapping[str, torch.Tensor], pair: str) -> torch.Tensor:
+        facing, away = _READER_ROLES[pair]
+        return map_factors(read[facing], read[away])
+
+
+def _roles_in(pairs: Sequence[str]) -> list[str]:
+    """Roles that the pair kinds name, row roles first."""
+    return list(dict.fromkeys([pair[0] for pair in pairs] + [pair[1] for pair in pairs]))
+
+
+def _expand(stack: torch.Tensor, index: NDArray[np.int64]) -> torch.Tensor:
+    if len(stack) == len(index) and np.array_equal(index, np.arange(len(index))):
+        return stack
+    return stack[torch.as_tensor(index, device=stack.device)]
+
+
+def _scale(r: NDArray[np.int64], s: NDArray[np.int64], normalize: str | None) -> Any:
+    if normalize is None:
+        return 1.0
+    return np.minimum(r, s) if normalize == "rank" else np.sqrt(r * s)
+
+
+def _haar_summary(
+    row_ranks: NDArray[np.int64],
+    column_ranks: NDArray[np.int64],
+    d_model: int,
+    normalize: str | None,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and sd between random subspaces, of shape (1, 1, n_pairs) where ranks are all equal."""
+    if (row_ranks == row_ranks[:1]).all() and (column_ranks == column_ranks[:1]).all():
+        row_ranks, column_ranks = row_ranks[:1], column_ranks[:1]
+    r, s = row_ranks[:, None, :], column_ranks[None, :, :]
+    moments = haar_moments(r, s, d_model)
+    scale = _scale(r, s, normalize)
+    return moments.mean / scale, np.sqrt(moments.variance) / scale

@@ -1,0 +1,59 @@
+"""Estimators of 3-D heads as estimators of 2-D samples, so that scikit-learn's checks apply.
+
+scikit-learn's checks feed 2-D matrices, and run nothing on an estimator that declines them. A row
+of such a matrix becomes a head of rank one; the containers that come out are flattened to 2-D.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from sklearn.base import BaseEstimator
+from sklearn.utils.validation import validate_data
+
+from skhead import CompositionScore, ProjectionKernel, SubspaceExtractor
+
+
+class _Lifted(BaseEstimator):
+    """Mixin that lifts rows to rank-one heads on the way in."""
+
+    def _lift(self, X, reset):
+        X = validate_data(self, X, reset=reset, dtype=[np.float64, np.float32])
+        return X[:, :, None]
+
+    def fit(self, X, y=None):
+        return super().fit(self._lift(X, True), y)
+
+    def transform(self, X):
+        self.n_features_in_  # noqa: B018  an unfitted estimator must say so before it looks at X
+        return self._flatten(super().transform(self._lift(X, False)))
+
+    def fit_transform(self, X, y=None):
+        return self._flatten(super().fit_transform(self._lift(X, True), y))
+
+    def _flatten(self, container):
+        return np.asarray(container)
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array = True
+        tags.input_tags.three_d_array = False
+        return tags
+
+
+class LiftedSubspaceExtractor(_Lifted, SubspaceExtractor, auto_wrap_output_keys=None):
+    def _flatten(self, container):
+        return container.numpy("X").reshape(len(container), -1)
+
+
+class LiftedProjectionKernel(_Lifted, ProjectionKernel):
+    def get_feature_names_out(self, input_features=None):
+        return super().get_feature_names_out(input_features)
+
+
+class LiftedCompositionScore(_Lifted, CompositionScore):
+    def __init__(self, pairs=("OQ", "OK", "OV"), layer_order="all", baseline=None):
+        super().__init__(pairs=pairs, layer_order=layer_order, baseline=baseline)
+
+    def _lift(self, X, reset):
+        lifted = super()._lift(X, reset)
+        return np.stack([lifted] * 4, axis=1)
