@@ -197,12 +197,11 @@ def extract_subspaces(
     bases = {}
     for role in progress_bar(roles, "bases", unit="role"):
         read = source.read(role, fold_norm=fold_norm, center=center, device=device)
-        found = orthonormal_bases(read.tensor, rank=rank, eps=read.eps)
+        own = source.stacks is None
+        found = orthonormal_bases(read.tensor, rank=rank, eps=read.eps, overwrite=own)
         ranks = found.ranks.cpu().numpy()
         _refuse_zero(ranks, read.index, source.heads, role, caller)
-        bases[role] = RoleBases(
-            found.vectors, ranks, read.index, found.singular_values.cpu().numpy()
-        )
+        bases[role] = RoleBases(found.vectors, ranks, read.index)
     record = {"fold_norm": fold_norm, "center": center, "rank": rank}
     return Subspaces(source.heads, bases, record)
 

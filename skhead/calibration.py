@@ -38,7 +38,7 @@ def informativeness(similarity: Similarity, bins: int = 255) -> pd.Series:
 
     References
     ----------
-    .. [1] H. Yamagiwa, S. Takase and H. Shimodaira, arXiv:2601.10266 (2026).
+    .. [1] H. Yamagiwa, Y. Takase and H. Shimodaira, arXiv:2601.10266 (2026).
 
     Examples
     --------

@@ -65,14 +65,11 @@ class RoleBases(_Frozen):
     index : ndarray of shape (n_heads,), int64
         Row of `vectors` that each head uses: grouped-query heads share keys and values, and layers
         may share all their weights.
-    singular_values : ndarray of shape (n_distinct, min(d_model, d_head)), float64
-        Spectrum of each matrix before truncation.
     """
 
     vectors: torch.Tensor
     ranks: NDArray[np.int64]
     index: NDArray[np.int64]
-    singular_values: NDArray[np.float64]
 
     def take(self, rows: NDArray[np.int64]) -> RoleBases:
         """Bases of some of the heads, without those that none of them uses."""
@@ -81,7 +78,6 @@ class RoleBases(_Frozen):
             self.vectors[torch.as_tensor(used, device=self.vectors.device)],
             self.ranks[used],
             index.astype(np.int64),
-            self.singular_values[used],
         )
 
     @staticmethod
@@ -145,6 +141,15 @@ class Subspaces(_Frozen):
     def role(self, role: str) -> RoleBases:
         """Bases of one role.
 
+        Parameters
+        ----------
+        role : str
+            One of `roles`.
+
+        Returns
+        -------
+        RoleBases
+
         Raises
         ------
         HeadShapeError
@@ -158,12 +163,33 @@ class Subspaces(_Frozen):
         return self.bases[role]
 
     def ranks(self, role: str) -> NDArray[np.int64]:
-        """Rank of every head's subspace, shape ``(n_heads,)``."""
+        """Rank of every head's subspace.
+
+        Parameters
+        ----------
+        role : str
+            One of `roles`.
+
+        Returns
+        -------
+        ndarray of shape (n_heads,), int64
+        """
         basis = self.role(role)
         return basis.ranks[basis.index]
 
     def numpy(self, role: str) -> NDArray[np.floating]:
-        """Bases of every head, shape ``(n_heads, d_model, max_rank)``, zero past a head's rank."""
+        """Bases of every head.
+
+        Parameters
+        ----------
+        role : str
+            One of `roles`.
+
+        Returns
+        -------
+        ndarray of shape (n_heads, d_model, max_rank)
+            Orthonormal columns; those past a head's rank are zero.
+        """
         basis = self.role(role)
         return basis.vectors.cpu().numpy()[basis.index]
 
@@ -256,7 +282,22 @@ class Similarity(_Frozen):
         return np.asarray(flat, dtype=np.float32 if dtype is None else dtype)
 
     def pair(self, pair: str) -> pd.DataFrame:
-        """Values of one pair kind as a table of row labels by column labels."""
+        """Values of one pair kind as a table of row labels by column labels.
+
+        Parameters
+        ----------
+        pair : str
+            One of `pairs`.
+
+        Returns
+        -------
+        DataFrame of shape (n_rows, n_columns)
+
+        Raises
+        ------
+        HeadShapeError
+            If the similarity lacks the pair kind.
+        """
         values = self.values[:, :, self._position(pair)]
         return pd.DataFrame(values, index=head_labels(self.rows), columns=head_labels(self.columns))
 
@@ -270,6 +311,15 @@ class Similarity(_Frozen):
 
         A pair kind of one role compared among the same heads is symmetric; each unordered pair is
         then listed once.
+
+        Parameters
+        ----------
+        pair : str
+            One of `pairs`.
+
+        Returns
+        -------
+        ndarray of shape (n_rows, n_columns), float32
         """
         values = self.values[:, :, self._position(pair)]
         if pair[0] == pair[1] and self.rows.equals(self.columns):
@@ -288,6 +338,16 @@ class Similarity(_Frozen):
 
     def top_pairs(self, k: int = 20) -> pd.DataFrame:
         """The `k` largest of every pair kind, with their ``rank`` from 1; ties in table order.
+
+        Parameters
+        ----------
+        k : int, default=20
+            Pairs of each kind; all of them where there are fewer.
+
+        Returns
+        -------
+        DataFrame
+            Columns ``pair``, ``rank``, ``source``, ``target``, ``score``.
 
         Raises
         ------
@@ -313,13 +373,35 @@ class Similarity(_Frozen):
         return pd.DataFrame({"pair": pair, "source": source, "target": target, "score": scores})
 
     def to_graph(self, k: int = 20) -> networkx.MultiDiGraph:
-        """Wiring graph of the `k` largest pairs of every kind; see `skhead.wiring_graph`."""
+        """Wiring graph of the `k` largest pairs of every kind; see `skhead.wiring_graph`.
+
+        Parameters
+        ----------
+        k : int, default=20
+            Edges of each pair kind.
+
+        Returns
+        -------
+        networkx.MultiDiGraph
+        """
         from skhead.graph import wiring_graph
 
         return wiring_graph(self, k)
 
     def plot(self, pair: str | None = None, ax: Any = None) -> Any:
-        """Draw the similarity as a matrix; see `skhead.inspection.SimilarityDisplay`."""
+        """Draw the similarity as a matrix; see `skhead.inspection.SimilarityDisplay`.
+
+        Parameters
+        ----------
+        pair : str, optional
+            Which pair kind; may be left out when there is only one.
+        ax : matplotlib Axes, optional
+            Where to draw; a new figure by default.
+
+        Returns
+        -------
+        SimilarityDisplay
+        """
         from skhead.inspection import SimilarityDisplay
 
         return SimilarityDisplay.from_similarity(self, pair=pair, ax=ax)

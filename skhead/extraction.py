@@ -52,7 +52,7 @@ class SubspaceExtractor(HeadEstimator, auto_wrap_output_keys=None):  # type: ign
 
     References
     ----------
-    .. [1] H. Yamagiwa, S. Takase and H. Shimodaira, arXiv:2601.10266 (2026).
+    .. [1] H. Yamagiwa, Y. Takase and H. Shimodaira, arXiv:2601.10266 (2026).
 
     Examples
     --------
@@ -124,11 +124,31 @@ class SubspaceExtractor(HeadEstimator, auto_wrap_output_keys=None):  # type: ign
         return self._extract(source)
 
     def fit_transform(self, X: Any, y: Any = None) -> Subspaces:
-        """Fit and transform in one pass; see `fit` and `transform`."""
+        """Fit and transform in one pass; see `fit` and `transform`.
+
+        Parameters
+        ----------
+        X : DataFrame, or array or Tensor of shape (n_heads, d_model, d_head)
+            As for `fit`.
+        y : ignored
+
+        Returns
+        -------
+        Subspaces
+        """
         return self._extract(self._fit(X))
 
     def set_output(self, *, transform: str | None = None) -> SubspaceExtractor:
-        """Do nothing: subspaces have no tabular form, and the next step needs the container."""
+        """Do nothing: subspaces have no tabular form, and the next step needs the container.
+
+        Parameters
+        ----------
+        transform : ignored
+
+        Returns
+        -------
+        self
+        """
         return self
 
     def _extract(self, source: HeadInput) -> Subspaces:

@@ -46,7 +46,7 @@ def wiring_graph(
 
     References
     ----------
-    .. [1] H. Yamagiwa, S. Takase and H. Shimodaira, arXiv:2601.10266 (2026), figure 1.
+    .. [1] H. Yamagiwa, Y. Takase and H. Shimodaira, arXiv:2601.10266 (2026), figure 1.
 
     Examples
     --------

@@ -149,7 +149,7 @@ class ProjectionKernel(_PairwiseKernel):
 
     References
     ----------
-    .. [1] H. Yamagiwa, S. Takase and H. Shimodaira, arXiv:2601.10266 (2026).
+    .. [1] H. Yamagiwa, Y. Takase and H. Shimodaira, arXiv:2601.10266 (2026).
     .. [2] J. Hamm and D. D. Lee, "Grassmann discriminant analysis", ICML (2008).
 
     Examples
@@ -304,8 +304,7 @@ class CompositionScore(_PairwiseKernel):
     References
     ----------
     .. [1] N. Elhage et al., "A Mathematical Framework for Transformer Circuits", Transformer
-    Circuits
-       Thread (2021).
+       Circuits Thread (2021).
 
     Examples
     --------

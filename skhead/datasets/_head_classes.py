@@ -53,7 +53,7 @@ def load_head_classes(name: str, heads: pd.DataFrame) -> pd.Series:
     ----------
     .. [1] K. Wang, A. Variengien, A. Conmy, B. Shlegeris, J. Steinhardt, "Interpretability in the
        Wild: a Circuit for Indirect Object Identification in GPT-2 Small", arXiv:2211.00593, 2022.
-    .. [2] H. Yamagiwa, S. Takase, H. Shimodaira, arXiv:2601.10266, 2026.
+    .. [2] H. Yamagiwa, Y. Takase, H. Shimodaira, arXiv:2601.10266, 2026.
 
     Examples
     --------

@@ -24,25 +24,20 @@ class Bases:
     Attributes
     ----------
     vectors : Tensor of shape (n_heads, d_model, max_rank)
-        Orthonormal columns; columns past a head's rank are zero. Those of a head that is not kept
-        whole are its left singular vectors, by falling singular value.
+        Orthonormal columns; those past a head's rank are zero. Where `rank` was given, they are the
+        left singular vectors by falling singular value.
     ranks : Tensor of shape (n_heads,), int64
         Number of directions kept for each head.
     numerical_ranks : Tensor of shape (n_heads,), int64
         Singular values of each head above `rank_tolerance`, before any truncation.
-    singular_values : Tensor of shape (n_heads, min(d_model, d_head)), float64
-        The whole spectrum, falling.
     """
 
     vectors: torch.Tensor
     ranks: torch.Tensor
     numerical_ranks: torch.Tensor
-    singular_values: torch.Tensor
 
 
-def rank_tolerance(
-    singular_values: torch.Tensor, d_model: int, d_head: int, eps: float
-) -> torch.Tensor:
+def rank_tolerance(norms: torch.Tensor, d_model: int, d_head: int, eps: float) -> torch.Tensor:
     """Singular values at or below this cannot be told from rounding of the stored entries.
 
     Rounding the entries of a matrix W to a format of relative spacing ``eps`` adds noise of
@@ -52,7 +47,8 @@ def rank_tolerance(
 
     Parameters
     ----------
-    singular_values : Tensor of shape (..., k)
+    norms : Tensor of shape (...,)
+        Frobenius norms of the matrices.
     d_model, d_head : int
         Shape of the matrices.
     eps : float
@@ -62,13 +58,16 @@ def rank_tolerance(
     -------
     Tensor of shape (...,)
     """
-    norms: torch.Tensor = torch.linalg.vector_norm(singular_values, dim=-1)
     spread = 1 / math.sqrt(d_model) + 1 / math.sqrt(d_head)
     return 2.0 * eps * spread * norms
 
 
 def orthonormal_bases(
-    stack: torch.Tensor, *, rank: int | float | None = None, eps: float | None = None
+    stack: torch.Tensor,
+    *,
+    rank: int | float | None = None,
+    eps: float | None = None,
+    overwrite: bool = False,
 ) -> Bases:
     """Orthonormal bases of the column spaces of many matrices at once.
 
@@ -85,6 +84,8 @@ def orthonormal_bases(
         in (0, 1) keeps the fewest directions that hold this share of the squared Frobenius norm.
     eps : float, optional
         Relative spacing of the format the entries were stored in; that of `stack` by default.
+    overwrite : bool, default=False
+        Put the bases into the memory of `stack` where they fit.
 
     Returns
     -------
@@ -97,8 +98,10 @@ def orthonormal_bases(
     out_dtype = torch.promote_types(stack.dtype, torch.float32)
     width = min(d_model, d_head)
     work_device = stack.device if stack.device.type != "mps" else torch.device("cpu")
-    vectors = torch.empty(n_heads, d_model, width, dtype=out_dtype, device=stack.device)
-    spectra = torch.empty(n_heads, width, dtype=torch.float64, device=work_device)
+    if overwrite and width == d_head and out_dtype == stack.dtype:
+        vectors = stack
+    else:
+        vectors = torch.empty(n_heads, d_model, width, dtype=out_dtype, device=stack.device)
     kept = torch.empty(n_heads, dtype=torch.int64, device=work_device)
     measured = torch.empty_like(kept)
     buffers = torch.empty(
@@ -108,55 +111,77 @@ def orthonormal_bases(
         rows = slice(start, min(start + _CHUNK, n_heads))
         count = rows.stop - start
         block = buffers[0, :count].view(count, d_model, d_head).copy_(stack[rows])
-        sigma, keep, measured[rows], mix = _orthonormaliser(block, rank, eps)
+        mix, kept[rows], measured[rows] = _orthonormaliser(block, rank, eps)
         out = buffers[1, :count].view(-1)[: count * d_model * width].view(count, d_model, width)
         vectors[rows] = torch.bmm(block, mix, out=out)
-        spectra[rows], kept[rows] = sigma, keep
     max_rank = max(int(kept.max()), 1) if n_heads else width
     if max_rank < width:
         vectors = vectors[:, :, :max_rank].contiguous()
-    return Bases(vectors, kept, measured, spectra)
+    return Bases(vectors, kept, measured)
 
 
 def _orthonormaliser(
     block: torch.Tensor, rank: int | float | None, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Spectrum, kept and numerical ranks, and matrices A for which ``block @ A`` is orthonormal."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Matrices A for which ``block @ A`` is orthonormal, with kept and numerical ranks.
+
+    A head that is plainly of full rank and kept whole takes the inverse Cholesky factor of its Gram
+    matrix; the others are decomposed.
+    """
     n_heads, d_model, d_head = block.shape
-    width = min(d_model, d_head)
     gram = block.mT @ block
-    sigma = torch.linalg.eigvalsh(gram).flip(-1)[:, :width].clamp_min(0).sqrt()
-    tolerance = rank_tolerance(sigma, d_model, d_head, eps)[:, None]
-    hard = _beyond_gram(sigma, tolerance)
-    if hard.any():
-        sigma[hard] = torch.linalg.svdvals(block[hard])
-    numerical = (sigma > tolerance).sum(-1)
-    kept = _kept_ranks(sigma, numerical, rank)
-    whole = ~hard & (kept == d_head)
-    if whole.all():
-        return sigma, kept, numerical, _inverse_root(gram)
-    mix = block.new_zeros(n_heads, d_head, width)
-    if whole.any():
-        mix[whole] = _inverse_root(gram[whole])
-    mix[hard] = _fix_signs(torch.linalg.svd(block[hard], full_matrices=False)[2].mT)
-    rest = ~hard & ~whole
-    mix[rest] = _fix_signs(torch.linalg.eigh(gram[rest])[1].flip(-1)[:, :, :width])
-    used = torch.arange(width, device=block.device) < kept[:, None]
-    scale = torch.where(used & ~whole[:, None], 1 / sigma, used.to(sigma.dtype))
-    return sigma, kept, numerical, mix * scale[:, None, :]
+    norms = gram.diagonal(dim1=1, dim2=2).sum(-1).sqrt()
+    tolerance = rank_tolerance(norms, d_model, d_head, eps)
+    mix, plain = _inverse_roots(gram, torch.maximum(tolerance, norms / GRAM_CONDITION_LIMIT))
+    if rank is not None:
+        plain = torch.zeros_like(plain)
+    kept = torch.full((n_heads,), d_head, dtype=torch.int64, device=block.device)
+    if plain.all():
+        return mix, kept, kept
+    numerical, rest = kept.clone(), ~plain
+    mix = mix[:, :, : min(d_model, d_head)]
+    mix[rest], kept[rest], numerical[rest] = _by_spectrum(
+        block[rest], gram[rest], tolerance[rest], rank
+    )
+    return mix, kept, numerical
 
 
-def _beyond_gram(sigma: torch.Tensor, tolerance: torch.Tensor) -> torch.Tensor:
-    """Heads whose smallest direction that may count is too small for the Gram matrix."""
-    gram_noise = sigma[:, :1] / GRAM_CONDITION_LIMIT
-    doubtful = (sigma < gram_noise) & (gram_noise > tolerance)
-    return doubtful.any(-1)
+def _inverse_roots(gram: torch.Tensor, smallest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Upper triangular A with ``A^T gram A = 1``, and for which heads this is safe.
 
-
-def _inverse_root(gram: torch.Tensor) -> torch.Tensor:
-    """Upper triangular A with ``A^T gram A = 1``, for Gram matrices of full rank."""
+    ``1 / ||A||_F`` is a lower bound of the smallest singular value of the head, which must exceed
+    `smallest`. Where it does not, A is the identity.
+    """
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
-    return torch.linalg.solve_triangular(torch.linalg.cholesky(gram).mT, identity, upper=True)
+    lower, failed = torch.linalg.cholesky_ex(gram)
+    lower = torch.where((failed == 0)[:, None, None], lower, identity)
+    roots = torch.linalg.solve_triangular(lower.mT, identity, upper=True)
+    bound = 1 / torch.linalg.vector_norm(roots, dim=(1, 2))
+    return roots, (failed == 0) & (bound > smallest)
+
+
+def _by_spectrum(
+    block: torch.Tensor, gram: torch.Tensor, tolerance: torch.Tensor, rank: int | float | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scaled right singular vectors, by falling singular value, with kept and numerical ranks.
+
+    They come from the Gram matrix, and from the matrix itself where a singular value that may count
+    is too small for the Gram matrix.
+    """
+    width = min(block.shape[1:])
+    eigenvalues, vectors = torch.linalg.eigh(gram)
+    sigma = eigenvalues.flip(-1)[:, :width].clamp_min(0).sqrt()
+    right = vectors.flip(-1)[:, :, :width]
+    floor = sigma[:, 0] / GRAM_CONDITION_LIMIT
+    hard = (sigma < floor[:, None]).any(-1) & (floor > tolerance)
+    if hard.any():
+        _, sigma[hard], rows = torch.linalg.svd(block[hard], full_matrices=False)
+        right[hard] = rows.mT
+    numerical = (sigma > tolerance[:, None]).sum(-1)
+    kept = _kept_ranks(sigma, numerical, rank)
+    used = torch.arange(width, device=block.device) < kept[:, None]
+    scale = torch.where(used, 1 / sigma, 0.0)
+    return _fix_signs(right) * scale[:, None, :], kept, numerical
 
 
 def _kept_ranks(

@@ -49,8 +49,6 @@ class OverlapPlan:
         Residual-space block width (packed) or heads per row tile (direct).
     column_width : int
         Heads per column tile (direct); 0 for packed.
-    resident : bool
-        Whether the panels are laid out once (packed) rather than copied block by block.
     scratch_bytes : int
         Largest scratch that the plan allocates at once, results not counted.
     flops : float
@@ -60,7 +58,6 @@ class OverlapPlan:
     method: str
     width: int
     column_width: int
-    resident: bool
     scratch_bytes: int
     flops: float
 
@@ -181,8 +178,8 @@ def _plan_packed(
     sides = [*rows] if columns is None else [*rows, *columns]
     d_model, itemsize = rows[0].shape[1], rows[0].element_size()
     n_heads = sum(len(stack) for stack in sides)
-    widest_rank = max(stack.shape[2] for stack in sides)
-    flops = float(d_model) * (d_model + _WIDEST_PANEL) * sum(len(s) * s.shape[2] for s in sides)
+    total_rank = sum(len(stack) * stack.shape[2] for stack in sides)
+    flops = float(d_model) * (d_model + _WIDEST_PANEL) * total_rank
     right = rows if columns is None else columns
     for i, j in _unordered(blocks, symmetric):
         flops += float(d_model) * (d_model + _WIDEST_PANEL) * len(rows[i]) * len(right[j])
@@ -190,15 +187,10 @@ def _plan_packed(
     while True:
         panels = -(-d_model // width)
         width = -(-d_model // panels)
-        packed = n_heads * width * width * itemsize
-        copies = 2 * max(len(s) for s in sides) * width * widest_rank * itemsize
-        if packed + copies <= max_memory or width <= _NARROWEST_PANEL:
-            break
+        scratch = itemsize * (n_heads * width**2 + 2 * total_rank * width)
+        if scratch <= max_memory or width <= _NARROWEST_PANEL:
+            return OverlapPlan("packed", width, 0, scratch, flops)
         width = max(width // 2, _NARROWEST_PANEL)
-    factors = sum(stack.numel() for stack in sides) * itemsize
-    resident = packed + factors <= max_memory
-    scratch = packed + (factors if resident else copies)
-    return OverlapPlan("packed", width, 0, resident, scratch, flops)
 
 
 def _packed(
@@ -216,6 +208,8 @@ def _packed(
     sums = [left.identity_part(right, left.span(i, i + 1), right.span(j, k)) for i, j, k in runs]
     total, done = left.n_panels * (left.n_panels + 1) // 2, 0
     for p in range(left.n_panels):
+        for side in sides:
+            side.load_rows(p)
         for q in range(p, left.n_panels):
             packed = [side.pack(p, q) for side in sides]
             weight = 1.0 if p == q else 2.0
@@ -248,46 +242,46 @@ class _PackedSide:
         first = stacks[0]
         self._traces = torch.cat([_squared_norms(stack) for stack in stacks])
         self._levels = (self._traces / self.d_model).to(first.dtype)
-        n_heads = self.starts[-1]
-        self._buffer = torch.empty(n_heads * self.width**2, dtype=first.dtype, device=first.device)
-        self._panels = [self._lay_out(s) for s in stacks] if plan.resident else None
-        if self._panels is None:
-            size = max(self.counts) * self.width * max(s.shape[2] for s in stacks)
-            self._copies = torch.empty(2, size, dtype=first.dtype, device=first.device)
+        self._packed = first.new_empty(self.starts[-1] * self.width**2)
+        total_rank = sum(len(stack) * stack.shape[2] for stack in stacks)
+        self._copies = first.new_empty(2, total_rank * self.width)
+        self._rows: list[torch.Tensor] = []
 
     def span(self, first: int, stop: int) -> slice:
         """Heads of the stacks from `first` up to `stop`."""
         return slice(self.starts[first], self.starts[stop])
 
+    def load_rows(self, p: int) -> None:
+        """Lay out the factors' rows of block row `p`, for the calls of `pack` that follow."""
+        self._rows = self._panels(p, 0)
+
     def pack(self, p: int, q: int) -> torch.Tensor:
         """Block (p, q) of every head's M, trace-free, as one row each."""
-        n_rows, n_columns = self._panel_width(p), self._panel_width(q)
-        packed = self._buffer[: self.starts[-1] * n_rows * n_columns]
+        columns = self._rows if p == q else self._panels(q, 1)
+        n_rows, n_columns = self._rows[0].shape[1], columns[0].shape[1]
+        packed = self._packed[: self.starts[-1] * n_rows * n_columns]
         packed = packed.view(self.starts[-1], n_rows, n_columns)
-        for i in range(len(self.stacks)):
-            a, b = self._panel(i, p, 0), self._panel(i, q, 1)
+        for i, (a, b) in enumerate(zip(self._rows, columns, strict=True)):
             torch.bmm(a, b.mT, out=packed[self.span(i, i + 1)])
         if p == q:
             packed.diagonal(dim1=1, dim2=2).sub_(self._levels[:, None])
         return packed.flatten(1)
+
+    def _panels(self, p: int, slot: int) -> list[torch.Tensor]:
+        """Contiguous copies of some rows of every factor; a strided batch would slow the GEMM."""
+        panels, start = [], 0
+        for stack in self.stacks:
+            source = stack[:, p * self.width : (p + 1) * self.width]
+            target = self._copies[slot, start : start + source.numel()].view(source.shape)
+            panels.append(target.copy_(source))
+            start += source.numel()
+        return panels
 
     def identity_part(self, other: _PackedSide, rows: slice, columns: slice) -> torch.Tensor:
         """What taking the identity out of both sides has left out of their inner products."""
         a, b = _wide(self._levels[rows, None]), _wide(other._levels[None, columns])
         trace_a, trace_b = self._traces[rows, None], other._traces[None, columns]
         return (a * trace_b + b * trace_a - a * b * self.d_model).to(self._levels.dtype)
-
-    def _panel_width(self, p: int) -> int:
-        return min(self.width, self.d_model - p * self.width)
-
-    def _lay_out(self, stack: torch.Tensor) -> list[torch.Tensor]:
-        return [part.contiguous() for part in stack.split(self.width, dim=1)]
-
-    def _panel(self, i: int, p: int, slot: int) -> torch.Tensor:
-        if self._panels is not None:
-            return self._panels[i][p]
-        source = self.stacks[i][:, p * self.width : (p + 1) * self.width]
-        return self._copies[slot, : source.numel()].view(source.shape).copy_(source)
 
 
 def _squared_norms(stack: torch.Tensor) -> torch.Tensor:
@@ -324,7 +318,7 @@ def _plan_direct(
             n_rows = -(-n_rows // 2)
         else:
             n_columns = -(-n_columns // 2)
-    return OverlapPlan("direct", n_rows, n_columns, False, scratch(), flops)
+    return OverlapPlan("direct", n_rows, n_columns, scratch(), flops)
 
 
 def _direct(

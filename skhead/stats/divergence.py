@@ -31,7 +31,7 @@ def gaussian_divergence(
         Of the reference.
     upper : float
         Largest value possible.
-    bins : int
+    bins : int, default=255
         Number of bins.
 
     Returns

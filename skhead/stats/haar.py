@@ -54,8 +54,7 @@ def haar_moments(r: ArrayLike, s: ArrayLike, d: ArrayLike) -> HaarMoments:
     References
     ----------
     .. [1] K. C. S. Pillai, "Some new test criteria in multivariate analysis", Annals of
-    Mathematical
-       Statistics 26 (1955).
+       Mathematical Statistics 26 (1955).
     .. [2] R. J. Muirhead, "Aspects of Multivariate Statistical Theory", Wiley (1982), chapter 7.
 
     Examples

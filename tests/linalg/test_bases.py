@@ -125,7 +125,14 @@ def test_result_does_not_depend_on_neighbours_or_order():
 
 
 def test_tolerance_scales_with_the_matrix():
-    sigma = torch.tensor([[3.0, 4.0]])
-    small, large = rank_tolerance(sigma, 100, 4, 1e-7), rank_tolerance(10 * sigma, 100, 4, 1e-7)
-    assert float(small) == pytest.approx(2e-7 * 5 * (0.1 + 0.5))
-    assert float(large) == pytest.approx(10 * float(small))
+    small, large = (float(rank_tolerance(torch.tensor(n), 100, 4, 1e-7)) for n in (5.0, 50.0))
+    assert small == pytest.approx(2e-7 * 5 * (0.1 + 0.5))
+    assert large == pytest.approx(10 * small)
+
+
+def test_overwriting_saves_the_memory_and_changes_no_number():
+    stack = torch.randn(11, 32, 4, generator=torch.Generator().manual_seed(1))
+    expected = orthonormal_bases(stack).vectors
+    found = orthonormal_bases(stack, overwrite=True).vectors
+    assert torch.equal(found, expected)
+    assert found.data_ptr() == stack.data_ptr()
