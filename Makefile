@@ -5,17 +5,13 @@ VENV ?= .venv
 # An index to take torch from, for example https://download.pytorch.org/whl/cpu for the small CPU build.
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 DEMO_DIR ?= demo-report
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 REQUIREMENTS := pyproject.toml constraints.txt
-
-ifneq ($(wildcard ../shared/models),)
-SKHEAD_MODELS ?= $(abspath ../shared/models)
-export SKHEAD_MODELS
-endif
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format types contracts docs bench ci-browser clean distclean
@@ -31,6 +27,7 @@ help:
 	@echo "make ci-browser  install chromium where it is missing and allowed"
 	@echo "make clean       remove what was built; make distclean also removes $(VENV)"
 	@echo "Variables: PYTHON=python3.12  TORCH_INDEX=https://download.pytorch.org/whl/cpu  PYTEST_ARGS='-k graph'"
+	@echo "SKHEAD_MODELS=DIR  real trained weights for tests and benchmarks"
 
 # Environments. Each stamp holds one set of extras; a later set contains the earlier ones.
 
@@ -80,7 +77,7 @@ docs: $(VENV)/.dev
 	@echo "Open in a browser: file://$(abspath docs/_build/html)/index.html"
 
 bench: $(VENV)/.lens
-	$(BIN)/python benchmarks/peer.py
+	$(BIN)/python benchmarks/peer.py $(BENCH_ARGS)
 
 ci-browser:
 	@if command -v chromium || command -v chromium-browser || command -v google-chrome; then \

@@ -13,6 +13,8 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -72,6 +74,20 @@ class Training:
         return self.regrow_at + self.regrow_steps
 
 
+@contextmanager
+def one_order() -> Iterator[None]:
+    """Within the context every sum is taken in one order, so that results repeat to the bit."""
+    threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(strict)
+
+
+@one_order()
 def train(training: Training, log_every: int = 0) -> Parameters:
     """Train in four phases; the same weights in every run on one machine.
 
@@ -153,6 +169,7 @@ def training_loss(
     return (loss * weight).sum() / weight.sum()
 
 
+@one_order()
 def main(arguments: list[str] | None = None) -> None:
     """Train, or read the shipped weights, then measure and write the card."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -162,8 +179,6 @@ def main(arguments: list[str] | None = None) -> None:
         "--evaluate-only", action="store_true", help="measure the weights in the output directory"
     )
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
     weights, card = options.output / "model.safetensors", options.output / "card.json"
     if options.evaluate_only:
         training = json.loads(card.read_text())["training"]
