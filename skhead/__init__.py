@@ -25,7 +25,7 @@ _EXPORTS = {
     "write_edges": "skhead.graph",
     "write_graphml": "skhead.graph",
 }
-_MODULES = ("datasets", "exceptions", "stats")
+_MODULES = ("datasets", "exceptions", "inspection", "stats")
 
 __all__ = sorted([*_EXPORTS, *_MODULES, "__version__"])
 

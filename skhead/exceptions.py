@@ -8,6 +8,7 @@ __all__ = [
     "DegenerateHeadError",
     "HeadShapeError",
     "HeadTableError",
+    "MemoryBudgetError",
     "ProvenanceMismatchError",
     "SkheadError",
     "SourceNotFoundError",
@@ -30,6 +31,10 @@ class HeadShapeError(SkheadError, ValueError):
 
 class DegenerateHeadError(SkheadError, ValueError):
     """A head's matrix is zero or holds NaN or infinite values, so that it spans no subspace."""
+
+
+class MemoryBudgetError(SkheadError, ValueError, MemoryError):
+    """The memory allowed is less than the smallest piece of the work needs."""
 
 
 class UnsupportedLayoutError(SkheadError, ValueError):

@@ -28,7 +28,7 @@ from skhead._base import (
     progress_fraction,
 )
 from skhead.containers import Similarity, Subspaces
-from skhead.exceptions import DegenerateHeadError, HeadShapeError
+from skhead.exceptions import DegenerateHeadError, HeadShapeError, MemoryBudgetError
 from skhead.linalg.factored import map_factors
 from skhead.linalg.kernels import overlap_blocks
 from skhead.stats.haar import haar_moments
@@ -97,14 +97,12 @@ class _PairwiseKernel(HeadEstimator):
         blocks: Sequence[tuple[int, int]],
     ) -> dict[tuple[int, int], NDArray[np.floating]]:
         name = type(self).__name__
+        budget = parse_bytes(self.max_memory, name)
         with progress_fraction(name) as progress:
-            found = overlap_blocks(
-                rows,
-                columns,
-                blocks,
-                max_memory=parse_bytes(self.max_memory, name),
-                progress=progress,
-            )
+            try:
+                found = overlap_blocks(rows, columns, blocks, max_memory=budget, progress=progress)
+            except MemoryBudgetError as error:
+                raise MemoryBudgetError(f"{name}: {error}") from None
         return {block: values.cpu().numpy() for block, values in found.items()}
 
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
+from skhead.exceptions import MemoryBudgetError
 from skhead.linalg.precision import fast_float32_matmul
 
 __all__ = ["OverlapPlan", "overlap_blocks", "plan_overlaps"]
@@ -86,7 +87,7 @@ def plan_overlaps(
 
     Raises
     ------
-    MemoryError
+    MemoryBudgetError
         If not even the smallest tiles fit.
     """
     plans = []
@@ -97,7 +98,7 @@ def plan_overlaps(
     fitting = [plan for plan in plans if plan.scratch_bytes <= max_memory]
     if not fitting:
         need = min(plan.scratch_bytes for plan in plans)
-        raise MemoryError(
+        raise MemoryBudgetError(
             f"max_memory is {max_memory} bytes, but the smallest tiles need {need}; "
             "raise max_memory or compare fewer heads at once"
         )
