@@ -1,0 +1,240 @@
+"""What a report says, computed once: kernels, scores, hubs and edges of one model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from skhead._report.labels import HeadClasses, find_classes
+from skhead.circuits import identity_scores
+from skhead.containers import Similarity, Subspaces
+from skhead.exceptions import HeadTableError
+from skhead.extraction import SubspaceExtractor
+from skhead.graph import hub_table
+from skhead.kernels import CompositionScore, ProjectionKernel
+from skhead.weights import SourceInfo, describe_sources, head_labels, load_heads
+
+__all__ = ["CONSTANT", "Analysis", "Options", "analyse", "expected_of", "scores_of"]
+
+
+#: A random reference narrower than this share of its mean leaves nothing to compare with.
+CONSTANT = 1e-6
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user may choose about a report; see `skhead.report.write_report`."""
+
+    revision: str | None = None
+    part: str | None = None
+    k: int = 20
+    labels: str | None = None
+    fold_norm: bool = False
+    center: bool = False
+    composition: bool = True
+    max_memory: int | str = "1GiB"
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Everything that a report is written from.
+
+    Attributes
+    ----------
+    info : SourceInfo
+    options : Options
+    n_heads : int
+        Heads of the whole model; `heads` may hold fewer.
+    heads : DataFrame
+        Heads that are compared, indexed by unique label.
+    scope : {"forward", "all", "shared"}
+        Earlier layers against later ones; all heads against each other; or one use of shared layers
+        against the next.
+    classes : HeadClasses or None
+    subspaces : Subspaces
+    kernel : Similarity
+    composition : Similarity or None
+    table : DataFrame
+        One row per head in table order: degrees, strengths, ranks, identity scores, class.
+    edges : DataFrame
+        The k strongest pairs of every kind, with ``expected``, ``ratio``, whether they are
+        ``above`` the band of random subspaces, and the pair's composition score if computed.
+    """
+
+    info: SourceInfo
+    options: Options
+    n_heads: int
+    heads: pd.DataFrame
+    scope: str
+    classes: HeadClasses | None
+    subspaces: Subspaces
+    kernel: Similarity
+    composition: Similarity | None
+    table: pd.DataFrame
+    edges: pd.DataFrame
+
+    @property
+    def within_head(self) -> bool:
+        """Whether values are read from the stream that the head writes to."""
+        return self.info.part != "cross"
+
+
+def analyse(
+    source: str | PathLike[str], options: Options, stage: Callable[[str], None]
+) -> Analysis:
+    """Read a model and compute what its report says.
+
+    Parameters
+    ----------
+    source : str or path-like
+        Anything that `load_heads` takes, one model.
+    options : Options
+    stage : callable
+        Told one line at the start of every stage.
+
+    Returns
+    -------
+    Analysis
+    """
+    stage(f"reading the headers of {source}")
+    everything = load_heads(source, revision=options.revision, part=options.part)
+    described = describe_sources(everything)
+    if len(described) != 1:
+        raise HeadTableError(f"report: describes one model at a time, got {len(described)} sources")
+    info = described[0]
+    everything.index = pd.Index(head_labels(everything), dtype=object)
+    processing: dict[str, Any] = {
+        "fold_norm": options.fold_norm,
+        "center": options.center,
+        "device": options.device,
+    }
+    stage(f"extracting the subspaces of {len(everything)} heads")
+    subspaces = SubspaceExtractor(**processing).fit_transform(everything)
+    kept, scope = _compared(subspaces, info)
+    subspaces = subspaces[kept]
+    heads = everything.iloc[kept]
+    rows, columns = _sides(heads, scope)
+    classes = find_classes(options.labels, heads, info)
+    pairs = ("OQ", "OK", "OV") if info.part != "cross" else ("OQ",)
+    shared: dict[str, Any] = {
+        "pairs": pairs,
+        "layer_order": "all" if scope == "all" else "forward",
+        "max_memory": options.max_memory,
+    }
+    stage(f"comparing {len(rows)} writing with {len(columns)} reading heads: projection kernel")
+    kernel = _fit_apply(ProjectionKernel(**shared, device=options.device), subspaces, rows, columns)
+    composition = None
+    if options.composition:
+        stage("comparing them again: composition scores")
+        estimator = CompositionScore(**shared, **processing)
+        composition = _fit_apply(estimator, heads, rows, columns)
+    identity = None
+    if info.part != "cross":
+        stage("scoring what single heads do: V against O")
+        identity = identity_scores(heads, **processing)
+    table = _head_table(heads, kernel, subspaces, identity, classes, options.k)
+    edges = _edge_table(kernel, composition, options.k)
+    return Analysis(
+        info, options, len(everything), heads, scope, classes, subspaces, kernel, composition,
+        table, edges,
+    )  # fmt: skip
+
+
+def _compared(subspaces: Subspaces, info: SourceInfo) -> tuple[NDArray[np.int64], str]:
+    """Positions of the heads to compare, and the scope.
+
+    Where every layer uses the same weights, two uses stand for all.
+    """
+    layer = subspaces.heads["layer"].to_numpy()
+    layers = np.unique(layer)
+    everyone = np.arange(len(subspaces))
+    if len(layers) == 1:
+        return everyone, "all"
+    distinct = max(len(subspaces.role(role).ranks) for role in subspaces.roles)
+    if info.shared_layers and distinct <= (layer == layers[0]).sum():
+        return np.flatnonzero(np.isin(layer, layers[:2])), "shared"
+    return everyone, "forward"
+
+
+def _sides(heads: pd.DataFrame, scope: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Positions of the heads that write and that read; one array where they are the same."""
+    if scope != "shared":
+        everyone = np.arange(len(heads))
+        return everyone, everyone
+    first = (heads["layer"] == heads["layer"].min()).to_numpy()
+    return np.flatnonzero(first), np.flatnonzero(~first)
+
+
+def _fit_apply(
+    estimator: ProjectionKernel | CompositionScore,
+    X: Subspaces | pd.DataFrame,
+    rows: NDArray[np.int64],
+    columns: NDArray[np.int64],
+) -> Similarity:
+    if rows is columns:
+        return estimator.fit_transform(X)
+    take = X.iloc if isinstance(X, pd.DataFrame) else X
+    return estimator.fit(take[columns]).transform(take[rows])
+
+
+def _head_table(
+    heads: pd.DataFrame,
+    kernel: Similarity,
+    subspaces: Subspaces,
+    identity: pd.DataFrame | None,
+    classes: HeadClasses | None,
+    k: int,
+) -> pd.DataFrame:
+    hubs = hub_table(kernel, k).reindex(heads.index)
+    table = heads[["layer", "head", "kv_head"]].copy()
+    if classes is not None:
+        table["class"] = classes.values.to_numpy()
+    for role in subspaces.roles:
+        table[f"rank_{role}"] = subspaces.ranks(role)
+    hubs = hubs.drop(columns=["layer", "head"])
+    table = pd.concat([table, hubs], axis=1)
+    if identity is not None:
+        table = pd.concat([table, identity.reindex(heads.index)], axis=1)
+    return table
+
+
+def _edge_table(kernel: Similarity, composition: Similarity | None, k: int) -> pd.DataFrame:
+    edges = kernel.top_pairs(k)
+    row_of = {label: i for i, label in enumerate(head_labels(kernel.rows))}
+    column_of = {label: i for i, label in enumerate(head_labels(kernel.columns))}
+    rows = edges["source"].map(row_of).to_numpy(dtype=np.int64)
+    columns = edges["target"].map(column_of).to_numpy(dtype=np.int64)
+    kinds = edges["pair"].map(kernel.pairs.index).to_numpy(dtype=np.int64)
+    expected = np.broadcast_to(kernel.null_mean, kernel.values.shape)[rows, columns, kinds]
+    spread = np.broadcast_to(kernel.null_sd, kernel.values.shape)[rows, columns, kinds]
+    scores = edges["score"].to_numpy(dtype=np.float64)
+    edges["expected"] = expected
+    edges["ratio"] = scores / expected
+    edges["above"] = scores - expected > np.maximum(3 * spread, CONSTANT * expected)
+    if composition is not None:
+        edges["composition"] = composition.values[rows, columns, kinds]
+    return edges
+
+
+def expected_of(similarity: Similarity, pair: str) -> tuple[NDArray[np.floating], ...]:
+    """Random mean and standard deviation of every listed pair, in the order of `scores_of`."""
+    p = similarity.pairs.index(pair)
+    defined = ~np.isnan(similarity.listed(pair))
+    shape = similarity.values.shape
+    return tuple(
+        np.broadcast_to(values, shape)[:, :, p][defined]
+        for values in (similarity.null_mean, similarity.null_sd)
+    )
+
+
+def scores_of(similarity: Similarity, pair: str) -> NDArray[np.float32]:
+    """Every listed value of one pair kind, flat."""
+    listed = similarity.listed(pair)
+    return listed[~np.isnan(listed)]

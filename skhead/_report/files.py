@@ -1,0 +1,84 @@
+"""The files beside the page: tables, graph and numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from skhead._report.data import Analysis
+from skhead._report.page import Download
+from skhead.containers import Similarity
+from skhead.graph import wiring_graph, write_graphml
+
+__all__ = ["MOST_PAIRS", "write_files"]
+
+#: Rows of pairs.csv beyond which it is not written.
+MOST_PAIRS = 2_000_000
+_EDGE_COLUMNS = ["pair", "rank", "source", "target", "score", "expected", "ratio"]
+
+
+def write_files(analysis: Analysis, numbers: Mapping[str, Any], directory: Path) -> list[Download]:
+    """Write everything but the page, and list it for the page.
+
+    Parameters
+    ----------
+    analysis : Analysis
+    numbers : mapping
+        From `skhead._report.numbers.summarize`.
+    directory : Path
+        An existing directory.
+
+    Returns
+    -------
+    list of Download
+    """
+    edges = analysis.edges[_EDGE_COLUMNS].to_csv(index=False).encode()
+    heads = analysis.table.rename_axis("label").to_csv().encode()
+    summary = json.dumps(numbers, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    downloads = [
+        Download("edges.csv", "the pairs drawn in the diagram", "text/csv", edges),
+        Download(
+            "heads.csv", "one row per head: ranks, edges, strengths, class", "text/csv", heads
+        ),
+        Download("summary.json", "every number of this page", "application/json", summary.encode()),
+    ]
+    for file in downloads:
+        if file.content is not None:
+            (directory / file.name).write_bytes(file.content)
+    classes = analysis.classes.values if analysis.classes is not None else None
+    graph = wiring_graph(analysis.kernel, analysis.options.k, classes)
+    write_graphml(graph, directory / "graph.graphml")
+    downloads.append(
+        Download(
+            "graph.graphml", "the diagram, for Gephi, Cytoscape or yEd", "application/xml", None
+        )
+    )
+    return [*downloads, *_write_pairs(analysis, directory / "pairs.csv")]
+
+
+def _write_pairs(analysis: Analysis, path: Path) -> list[Download]:
+    """Every compared pair, where that is a file of reasonable size."""
+    kernel = analysis.kernel
+    count = sum(int((~np.isnan(kernel.listed(pair))).sum()) for pair in kernel.pairs)
+    if count > MOST_PAIRS:
+        path.unlink(missing_ok=True)
+        what = f"{path.name} is not written: {count:,} pairs are more than {MOST_PAIRS:,}"
+        return [Download("", what, "", None)]
+    pairs = kernel.to_frame()
+    pairs["expected"] = _along(kernel, kernel.null_mean)
+    if analysis.composition is not None:
+        pairs["composition"] = _along(kernel, analysis.composition.values)
+    pairs.to_csv(path, index=False)
+    what = f"all {count:,} compared pairs, with random expectation and composition score"
+    return [Download(path.name, what, "text/csv", None)]
+
+
+def _along(kernel: Similarity, values: np.ndarray) -> np.ndarray:
+    """Values in the order of `Similarity.to_frame`."""
+    values = np.broadcast_to(values, kernel.values.shape)
+    defined = [~np.isnan(kernel.listed(pair)) for pair in kernel.pairs]
+    return np.concatenate([values[:, :, p][mask] for p, mask in enumerate(defined)])

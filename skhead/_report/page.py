@@ -1,0 +1,235 @@
+"""Assembly of the page: sections, tables and downloads around the drawings."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib import resources
+from string import Template
+from typing import Any
+
+from skhead._report.data import Analysis
+from skhead._report.diagram import class_colours, wiring_diagram
+from skhead._report.figures import composition, distributions, layer_maps, matrices
+from skhead._report.tables import edge_table, hub_table
+from skhead._report.words import READS, notes, summary_words
+
+__all__ = ["Download", "render"]
+
+_NORMS = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm", "rmsnorm+1": "RMSNorm, gain 1 + w"}
+
+
+@dataclass(frozen=True)
+class Download:
+    """A file that lies beside the page.
+
+    Attributes
+    ----------
+    name : str
+        Empty where a file was left out and `what` says why.
+    what : str
+        What it holds.
+    media : str
+        Media type.
+    content : bytes or None
+        Carried inside the page too, unless None.
+    """
+
+    name: str
+    what: str
+    media: str
+    content: bytes | None
+
+
+def render(analysis: Analysis, numbers: Mapping[str, Any], downloads: Sequence[Download]) -> str:
+    """The whole page.
+
+    Parameters
+    ----------
+    analysis : Analysis
+    numbers : mapping
+        From `skhead._report.numbers.summarize`.
+    downloads : sequence of Download
+
+    Returns
+    -------
+    str
+    """
+    sections = [
+        ("summary", "What stands out", _summary(analysis, numbers)),
+        ("read", "What was read", _read(analysis, numbers)),
+        ("diagram", "Wiring diagram", _diagram(analysis, numbers)),
+        ("distributions", "Overlap against random subspaces", distributions(analysis, numbers)),
+        ("maps", "Heads by layer", layer_maps(analysis)),
+        ("matrices", "Every pair of heads", matrices(analysis)),
+        ("hubs", "Hubs", hub_table(analysis, numbers)),
+        ("edges", "Strongest pairs", edge_table(analysis)),
+    ]
+    if analysis.composition is not None:
+        sections.append(
+            (
+                "composition",
+                "Composition scores",
+                composition(analysis, analysis.composition, numbers),
+            )
+        )
+    sections.append(("files", "Files", _files(downloads)))
+    info = analysis.info
+    layers = (
+        len(numbers["source"]["layers_with_heads"]) if analysis.scope != "shared" else info.n_layers
+    )
+    lead = (
+        f"{layers} layer{'s' * (layers != 1)} × {info.n_heads} head{'s' * (info.n_heads != 1)}, "
+        f"d_model {info.d_model}. The projection kernel (PK) measures how much of what one head "
+        "writes (O) lies in what another reads with its queries (Q), keys (K) or values (V)."
+    )
+    texts = {
+        "version": numbers["versions"]["skhead"],
+        "torch": numbers["versions"]["torch"],
+        "name": info.name,
+        "lead": lead,
+    }
+    pieces = {key: escape(value) for key, value in texts.items()} | {
+        "style": _asset("style.css"),
+        "script": _asset("script.js"),
+        "navigation": " ".join(f'<a href="#{key}">{title}</a>' for key, title, _ in sections),
+        "sections": "\n".join(
+            f'<section id="{key}" aria-labelledby="h-{key}"><h2 '
+            f'id="h-{key}">{title}</h2>\n{body}\n</section>'
+            for key, title, body in sections
+        ),
+    }
+    return Template(_asset("template.html")).substitute(pieces)
+
+
+def _asset(name: str) -> str:
+    return resources.files("skhead._report").joinpath(name).read_text(encoding="utf-8").rstrip("\n")
+
+
+def _summary(analysis: Analysis, numbers: Mapping[str, Any]) -> str:
+    paragraphs = "".join(f"<p>{escape(text)}</p>" for text in summary_words(analysis, numbers))
+    listed = "".join(f"<li>{escape(text)}</li>" for text in notes(analysis, numbers))
+    beside = f'<ul class="notes">{listed}</ul>' if listed else ""
+    return f'<div class="aside"><div class="prose first">{paragraphs}</div>{beside}</div>'
+
+
+def _read(analysis: Analysis, numbers: Mapping[str, Any]) -> str:
+    source, info = numbers["source"], analysis.info
+    record = numbers["comparison"]["record"]
+    processing = [
+        text
+        for key, text in (("fold_norm", "norm gains folded in"), ("center", "centred"))
+        if record[key]
+    ]
+    ranks = {
+        role: f"{low}" if low == high else f"{low} to {high}"
+        for role, (low, high) in source["numerical_ranks"].items()
+    }
+    kv = f", {info.n_kv_heads} for keys and values" if info.n_kv_heads != info.n_heads else ""
+    norm = _NORMS.get(info.norm, "none")
+    placed = f", {info.norm_placement}" if info.norm_placement != "none" else ""
+    entries = [
+        ("Source", info.source),
+        ("Family", info.family + (f", {info.part}" if info.part else "")),
+        ("Revision", info.revision or "none (not from a hub)"),
+        ("Layers × heads", f"{info.n_layers} × {info.n_heads}{kv}; {source['heads']} heads in all"),
+        ("Dimensions", f"d_model {info.d_model}, d_head {info.d_head}"),
+        ("Stored as", info.dtype),
+        ("Processing", ", ".join(processing) or "none: raw weights as stored"),
+        ("Norm of the model", norm + placed),
+        ("Numerical ranks", _by_role(ranks)),
+        ("Distinct matrices compared", _by_role(source["distinct_matrices"])),
+        ("Layers share weights", "yes" if info.shared_layers else "no"),
+        ("Class labels", analysis.classes.name if analysis.classes else "none"),
+    ]
+    listed = "".join(
+        f"<div{' class=wide' * (k == 'Source')}><dt>{k}</dt><dd>{escape(v)}</dd></div>"
+        for k, v in entries
+    )
+    return f"<dl>{listed}</dl>"
+
+
+def _by_role(values: Mapping[str, Any]) -> str:
+    if len(set(values.values())) == 1:
+        return f"{next(iter(values.values()))} in each role"
+    return ", ".join(f"{role} {value}" for role, value in values.items())
+
+
+def _diagram(analysis: Analysis, numbers: Mapping[str, Any]) -> str:
+    kernel = numbers["projection_kernel"]
+    k = analysis.options.k
+    if analysis.scope == "all":
+        order = "Writing heads stand on the left, reading heads on the right."
+    else:
+        order = (
+            "Heads stand in columns by layer; every edge runs from left to right, from the head "
+            "that writes to the head that reads."
+        )
+    words = (
+        f"The {k} strongest pairs of each kind (fewer where there are fewer). {order} Heads and "
+        "layers without an edge are left out. Stronger pairs are drawn darker and wider, within "
+        "their kind."
+    )
+    if all(found["constant"] for found in kernel.values()):
+        words += (
+            " Here all pairs have the same overlap, fixed by the ranks alone: the edges are drawn "
+            "for completeness and carry no information."
+        )
+    dashed = ""
+    if not analysis.edges["above"].all():
+        dashed = '<span class="key"><span class="swatch dashed"></span>not above random</span>'
+    toggles = "".join(
+        f'<label class="pair-{pair}"><input type="checkbox" checked id="show-{pair}" '
+        f'data-kind="{pair}"><span class="swatch"></span>{pair}, read by {READS[pair]}</label>'
+        for pair in kernel
+    )
+    classes = _legend(analysis)
+    names = sorted(numbers["classes"]["counts"]) if numbers["classes"] else []
+    drawing = wiring_diagram(analysis, class_colours(names))
+    return (
+        f'<p>{words}</p><div class="tools">{toggles}{dashed}</div>{classes}'
+        '<p class="note narrow">The diagram scrolls sideways.</p>'
+        '<div class="wire"><div class="scroll" tabindex="0" role="region" aria-label="Diagram">'
+        f"{drawing}</div>"
+        '<div id="details" aria-live="polite"><p>Point at a head or an edge, or move to a head '
+        "with the Tab key, to see its pairs and scores here.</p></div></div>"
+    )
+
+
+def _legend(analysis: Analysis) -> str:
+    if analysis.classes is None:
+        return ""
+    active = analysis.table[analysis.table["degree"] > 0]["class"]
+    names = sorted(set(analysis.classes.values) - {"None"})
+    colours = class_colours(names)
+    items = [
+        f'<li><span class="swatch" style="--fill:{colours[name][0]}"></span>{escape(name)}</li>'
+        for name in names
+        if (active == name).any()
+    ]
+    if (active == "None").any():
+        items.append('<li><span class="swatch"></span>no class</li>')
+    return f'<ul class="classes" aria-label="Classes of heads">{"".join(items)}</ul>'
+
+
+def _files(downloads: Sequence[Download]) -> str:
+    items = []
+    for file in downloads:
+        if not file.name:
+            link = escape(file.what)
+        elif file.content is None:
+            link = f'<a href="{file.name}">{file.name}</a>, beside this page: {escape(file.what)}'
+        else:
+            data = base64.b64encode(file.content).decode("ascii")
+            link = (
+                f'<a download="{file.name}" '
+                f'href="data:{file.media};base64,{data}">{file.name}</a>: {escape(file.what)} '
+                f'(also <a href="{file.name}">beside this page</a>)'
+            )
+        items.append(f"<li>{link}</li>")
+    return (
+        "<p>The first of each pair of links works from this page alone, wherever it is copied.</p>"
+        f'<ul class="downloads">{"".join(items)}</ul>'
+    )

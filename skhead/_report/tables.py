@@ -1,0 +1,158 @@
+"""Tables of a report: hubs, edges and composition, sortable by the page's script."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from skhead._report.data import Analysis
+
+__all__ = ["composition_tables", "edge_table", "hub_table"]
+
+
+def hub_table(analysis: Analysis, numbers: Mapping[str, Any]) -> str:
+    """Heads with the most edges in the diagram."""
+    pairs = analysis.kernel.pairs
+    heads = [("Head", False)]
+    if analysis.classes is not None:
+        heads.append(("Class", False))
+    heads += [("Edges", True), ("Out", True), ("In", True)]
+    heads += [(f"{pair} {side}", True) for pair in pairs for side in ("out", "in")]
+    if analysis.within_head:
+        heads += [("PK(V,O)", True), ("Signed identity", True)]
+    fit = _decimals(numbers["projection_kernel"][pair]["max"] for pair in pairs)
+    rows = []
+    for hub in numbers["hubs"]:
+        cells = [_text(hub["label"])]
+        if analysis.classes is not None:
+            cells.append(_text("–" if hub["class"] == "None" else hub["class"]))
+        cells += [_number(hub[name], 0) for name in ("degree", "out_degree", "in_degree")]
+        cells += [_number(hub[f"{side}_{pair}"], fit) for pair in pairs for side in ("out", "in")]
+        if analysis.within_head:
+            cells += [_number(hub["pk_vo"], fit), _number(hub["identity_signed"], 3)]
+        rows.append(cells)
+    words = (
+        "Heads that most edges of the diagram meet in. Edges counts pairs of all kinds; the "
+        "columns per kind are mean overlaps over all compared heads, not only those drawn. "
+        "heads.csv lists every head."
+    )
+    return f'<p>{words}</p><div class="scroll">{_table("hub-table", "Hubs", heads, rows)}</div>'
+
+
+def edge_table(analysis: Analysis) -> str:
+    """The pairs drawn in the diagram, with a filter box."""
+    edges, composition = analysis.edges, analysis.composition
+    named = analysis.table["class"] if analysis.classes is not None else None
+    heads = [("Kind", False), ("Rank", True), ("Writes", False), ("Reads", False), ("PK", True)]
+    heads += [("Random", True), ("Ratio", True)]
+    if composition is not None:
+        heads.append(("Composition", True))
+    if named is not None:
+        heads += [("Class of writer", False), ("Class of reader", False)]
+    fit = _decimals(edges["score"])
+    rows = []
+    for edge in edges.to_dict("records"):
+        cells = [
+            f'<td class="pair-{edge["pair"]}"><span class="dot"></span>{edge["pair"]}</td>',
+            _number(edge["rank"], 0),
+            _text(edge["source"]),
+            _text(edge["target"]),
+            _number(edge["score"], fit),
+            _number(edge["expected"], fit),
+            _number(edge["ratio"], 2),
+        ]
+        if composition is not None:
+            cells.append(_number(edge["composition"], 4))
+        if named is not None:
+            ends = (named[edge["source"]], named[edge["target"]])
+            cells += [_text("–" if name == "None" else name) for name in ends]
+        rows.append(cells)
+    words = (
+        "The pairs drawn in the diagram. Random is the mean between random subspaces of the same "
+        "ranks, Ratio the overlap divided by it. A click on a heading sorts, a second click turns "
+        "the order round."
+    )
+    table = _table("edge-table", "Strongest pairs of heads", heads, rows)
+    return (
+        f'<p>{words}</p><div class="tools"><label>Filter <input type="search" '
+        'data-filter="edge-table" data-count="edge-count" placeholder="L4H7 or OK '
+        f'L5"></label><span class="note" id="edge-count" role="status">{len(rows)} of '
+        f'{len(rows)}</span></div><div class="scroll tall" tabindex="0" role="region" '
+        f'aria-label="Strongest pairs">{table}</div>'
+    )
+
+
+def composition_tables(numbers: Mapping[str, Any]) -> str:
+    """Quantiles of both measures side by side, and the strongest pairs by composition."""
+    kernel, composition = numbers["projection_kernel"], numbers["composition"]
+    heads = [("Kind", False), ("Measure", False), ("Random", True), ("Median", True)]
+    heads += [("97% quantile", True), ("Largest", True), ("Shared top pairs", True)]
+    fit = _decimals(found["max"] for found in kernel.values())
+    rows, best = [], []
+    for pair, found in composition.items():
+        overlap = kernel[pair]
+        for name, row, chance, digits in (
+            ("PK", overlap, overlap["null_mean"], fit),
+            ("composition", found, found["chance"], 4),
+        ):
+            quantiles = row["quantiles"]
+            values = (chance, quantiles["0.5"], quantiles["0.97"], row["max"])
+            common = found["shared_top"]
+            shared = f'<td class="n" data-v="{common}">{common} of {found["top"]}</td>'
+            rows.append([_kind(pair), _text(name), *(_number(v, digits) for v in values), shared])
+        best += [
+            [
+                _kind(pair), _number(edge["rank"], 0), _text(edge["source"]), _text(edge["target"]),
+                _number(edge["score"], 4), _number(edge["score"] / found["chance"], 2),
+            ]
+            for edge in found["top_pairs"]
+        ]  # fmt: skip
+    columns = [("Kind", False), ("Rank", True), ("Writes", False), ("Reads", False)]
+    columns += [("Composition", True), ("Ratio to random", True)]
+    side_by_side = _table("composition-table", "Composition and overlap", heads, rows)
+    return (
+        "<h3>Side by side with the projection kernel</h3>"
+        f'<div class="scroll">{side_by_side}</div>'
+        "<h3>Strongest pairs by composition</h3>"
+        '<div class="scroll tall" tabindex="0" role="region" aria-label="Strongest by composition">'
+        f"{_table('composition-edges', 'Strongest pairs by composition', columns, best)}</div>"
+    )
+
+
+def _table(
+    name: str, caption: str, heads: Sequence[tuple[str, bool]], rows: Sequence[Sequence[str]]
+) -> str:
+    head = "".join(
+        f'<th scope="col"{" class=n" if numeric else ""}><button '
+        f'type="button">{escape(text)}</button></th>'
+        for text, numeric in heads
+    )
+    body = "".join(f"<tr>{''.join(cells)}</tr>\n" for cells in rows)
+    return (
+        f'<table class="sortable" id="{name}" '
+        f'aria-label="{escape(caption)}"><thead><tr>{head}</tr></thead>'
+        f"<tbody>\n{body}</tbody></table>"
+    )
+
+
+def _text(text: str) -> str:
+    return f"<td>{escape(text)}</td>"
+
+
+def _kind(pair: str) -> str:
+    return f'<td class="pair-{pair}"><span class="dot"></span>{pair}</td>'
+
+
+def _decimals(values: Iterable[float]) -> int:
+    """Decimals that give the largest of the values four digits."""
+    largest = max(abs(value) for value in values)
+    return max(0, 4 - len(f"{largest:.0f}"))
+
+
+def _number(value: float | None, decimals: int) -> str:
+    """A cell that sorts by its full value and shows it to some decimals."""
+    if value is None:
+        return '<td class="n" data-v="NaN">–</td>'
+    shown = f"{value:,.{decimals}f}".replace("-", "−")
+    return f'<td class="n" data-v="{value!r}">{shown}</td>'

@@ -1,0 +1,8 @@
+"""Displays: figures of similarities between heads, drawn with matplotlib."""
+
+from __future__ import annotations
+
+from skhead.inspection._distribution import DistributionDisplay
+from skhead.inspection._similarity import SimilarityDisplay
+
+__all__ = ["DistributionDisplay", "SimilarityDisplay"]
