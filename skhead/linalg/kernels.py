@@ -340,13 +340,19 @@ def _direct(
 
 def _direct_block(a: torch.Tensor, b: torch.Tensor, plan: OverlapPlan) -> torch.Tensor:
     out = a.new_empty(len(a), len(b))
-    r, s = a.shape[2], b.shape[2]
-    for start in range(0, len(a), plan.width):
-        tile = a[start : start + plan.width]
-        left = tile.mT.reshape(len(tile) * r, -1)
-        for first in range(0, len(b), plan.column_width):
-            other = b[first : first + plan.column_width]
-            cross = left @ other.permute(1, 0, 2).reshape(left.shape[1], -1)
+    (_, d_model, r), s = a.shape, b.shape[2]
+    n_rows, n_columns = min(plan.width, len(a)), min(plan.column_width, len(b))
+    left_buffer = a.new_empty(n_rows * r * d_model)
+    right_buffer = a.new_empty(n_columns * s * d_model)
+    cross_buffer = a.new_empty(n_rows * r * n_columns * s)
+    for start in range(0, len(a), n_rows):
+        tile = a[start : start + n_rows]
+        left = left_buffer[: tile.numel()].view(len(tile), r, d_model).copy_(tile.mT)
+        for first in range(0, len(b), n_columns):
+            other = b[first : first + n_columns]
+            right = right_buffer[: other.numel()].view(len(other), s, d_model).copy_(other.mT)
+            cross = cross_buffer[: len(tile) * r * len(other) * s].view(len(tile) * r, -1)
+            torch.mm(left.flatten(0, 1), right.flatten(0, 1).mT, out=cross)
             sums = cross.square_().view(len(tile) * r, len(other), s).sum(2)
             out[start : start + len(tile), first : first + len(other)] = sums.view(
                 len(tile), r, len(other)
