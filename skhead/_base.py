@@ -17,7 +17,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import Tags
 from tqdm import tqdm
 
-from skhead.containers import RoleBases, Subspaces
+from skhead.containers import RoleBases, Subspaces, head_codes
 from skhead.exceptions import DegenerateHeadError, HeadShapeError, ProvenanceMismatchError
 from skhead.linalg.bases import orthonormal_bases
 from skhead.weights import RoleStack, check_heads, head_labels, read_role
@@ -32,6 +32,7 @@ __all__ = [
     "extract_subspaces",
     "parse_bytes",
     "progress_bar",
+    "rank_scale",
 ]
 
 ROLES = "QKVO"
@@ -39,6 +40,8 @@ ROLES = "QKVO"
 ANONYMOUS = "X"
 #: The layer number of heads that have none.
 NO_LAYER = -1
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
 
@@ -66,10 +69,20 @@ class HeadEstimator(TransformerMixin, BaseEstimator):
 
 @dataclass(frozen=True)
 class HeadInput:
-    """Heads that came in by either door: a table to read from, or stacks already in memory."""
+    """Heads that came in by either door: a table to read from, or stacks already in memory.
+
+    Attributes
+    ----------
+    heads : DataFrame
+    stacks : mapping of str to Tensor, or None
+        By role, at least float32; the caller's memory until `kept` copies it.
+    eps : float
+        Relative spacing of the format in which the stacks came.
+    """
 
     heads: pd.DataFrame
     stacks: Mapping[str, torch.Tensor] | None
+    eps: float = 0.0
 
     @property
     def d_model(self) -> int:
@@ -77,9 +90,16 @@ class HeadInput:
         return int(self.heads["d_model"].iloc[0])
 
     @property
-    def has_layers(self) -> bool:
-        """Whether every head says which layer it is in."""
-        return bool((self.heads["layer"] != NO_LAYER).all())
+    def anonymous(self) -> bool:
+        """Whether this is a stack of one role, which nobody named."""
+        return self.stacks is not None and ANONYMOUS in self.stacks
+
+    def kept(self) -> HeadInput:
+        """The same heads in memory of their own, which the caller cannot change."""
+        if self.stacks is None:
+            return self
+        copies = {role: stack.detach().clone() for role, stack in self.stacks.items()}
+        return HeadInput(self.heads, copies, self.eps)
 
     def read(
         self, role: str, *, fold_norm: bool, center: bool, device: torch.device | str | None
@@ -90,9 +110,21 @@ class HeadInput:
             return read_role(self.heads, role, fold_norm=fold_norm, center=center, device=target)
         stack = self.stacks[role]
         stack = stack if device is None else stack.to(device)
-        eps = torch.finfo(stack.dtype).eps
-        stack = stack.to(torch.promote_types(stack.dtype, torch.float32))
-        return RoleStack(stack, np.arange(len(stack), dtype=np.int64), eps)
+        n_heads = len(stack)
+        return RoleStack(stack, np.arange(n_heads, dtype=np.int64), np.full(n_heads, self.eps))
+
+    def __getstate__(self) -> dict[str, Any]:
+        stacks = None
+        if self.stacks is not None:
+            stacks = {role: stack.cpu().numpy() for role, stack in self.stacks.items()}
+        return {"heads": self.heads, "stacks": stacks, "eps": self.eps}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        arrays = state["stacks"]
+        if arrays is not None:
+            state["stacks"] = {role: torch.from_numpy(array) for role, array in arrays.items()}
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
 
 
 def default_device() -> torch.device:
@@ -119,26 +151,25 @@ def open_door(X: Any, caller: str) -> HeadInput:
     if isinstance(X, pd.DataFrame):
         return HeadInput(check_heads(X, caller), None)
     stack = _as_tensor(X, caller)
+    eps = torch.finfo(stack.dtype).eps
+    stack = stack.to(torch.promote_types(stack.dtype, torch.float32))
     if stack.ndim == 4:
         stacks = {role: stack[:, i] for i, role in enumerate(ROLES)}
     else:
         stacks = {ANONYMOUS: stack}
-    return HeadInput(_table_of_stack(stack), stacks)
+    return HeadInput(_table_of_stack(stack), stacks, eps)
 
 
 def _as_tensor(X: Any, caller: str) -> torch.Tensor:
+    """A finite real stack as a tensor without history."""
     if not isinstance(X, torch.Tensor):
-        array = np.asarray(X)
-        if array.dtype.kind not in "fiu":
-            raise HeadShapeError(
-                f"{caller}: expected a heads table from load_heads, or a real numeric stack "
-                f"(n_heads, d_model, d_head); got {type(X).__name__} of dtype {array.dtype}"
-            )
-        if array.dtype.kind != "f":
-            array = array.astype(np.float64)
-        X = torch.from_numpy(np.require(array, requirements="W"))
-    if not X.dtype.is_floating_point:
+        X = _tensor_of_array(X, caller)
+    if not X.dtype.is_floating_point and not X.dtype.is_complex:
         X = X.to(torch.float64)
+    if X.dtype not in _DTYPES:
+        raise HeadShapeError(
+            f"{caller}: a stack must be real and of 16 bits or more, got {X.dtype}; convert it"
+        )
     four_roles = X.ndim == 4 and X.shape[1] == len(ROLES)
     if not (X.ndim == 3 or four_roles) or 0 in X.shape:
         raise HeadShapeError(
@@ -152,23 +183,42 @@ def _as_tensor(X: Any, caller: str) -> torch.Tensor:
             f"{caller}: head {int(bad.nonzero()[0])} of the stack holds NaN or infinite values; "
             "repair or remove it"
         )
-    return X
+    return X.detach()
+
+
+def _tensor_of_array(X: Any, caller: str) -> torch.Tensor:
+    expected = (
+        f"{caller}: expected a heads table from load_heads, or a real numeric stack (n_heads, "
+        "d_model, d_head); got"
+    )
+    try:
+        array = np.asarray(X)
+    except ValueError as error:
+        raise HeadShapeError(f"{expected} a ragged {type(X).__name__} ({error})") from error
+    if array.dtype.kind not in "fiu":
+        raise HeadShapeError(f"{expected} {type(X).__name__} of dtype {array.dtype}")
+    known = array.dtype.kind == "f" and array.dtype.itemsize <= 8
+    native = array.dtype.newbyteorder("=") if known else np.dtype(np.float64)
+    return torch.from_numpy(np.require(array, dtype=native, requirements=["C", "W"]))
 
 
 def _table_of_stack(stack: torch.Tensor) -> pd.DataFrame:
-    """A heads table for matrices without a model; a head is recognised by its content."""
-    rows = stack.detach().cpu().to(torch.promote_types(stack.dtype, torch.float32)).numpy()
+    """A heads table for matrices without a model.
+
+    A head is recognised by its content, and equal ones by their order.
+    """
     sources = [
         f"array:{hashlib.blake2b(np.ascontiguousarray(row).tobytes(), digest_size=8).hexdigest()}"
-        for row in rows
+        for row in stack.cpu().numpy()
     ]
     n_heads = len(sources)
+    twins = pd.Series(sources).groupby(sources).cumcount().to_numpy()
     return pd.DataFrame(
         {
             "source": sources,
             "layer": NO_LAYER,
-            "head": 0,
-            "kv_head": 0,
+            "head": twins,
+            "kv_head": twins,
             "n_layers": 0,
             "d_model": stack.shape[-2],
             "d_head": stack.shape[-1],
@@ -198,7 +248,9 @@ def extract_subspaces(
     for role in progress_bar(roles, "bases", unit="role"):
         read = source.read(role, fold_norm=fold_norm, center=center, device=device)
         own = source.stacks is None
-        found = orthonormal_bases(read.tensor, rank=rank, eps=read.eps, overwrite=own)
+        found = orthonormal_bases(
+            read.tensor, rank=rank, eps=torch.from_numpy(read.eps), overwrite=own
+        )
         ranks = found.ranks.cpu().numpy()
         _refuse_zero(ranks, read.index, source.heads, role, caller)
         bases[role] = RoleBases(found.vectors, ranks, read.index)
@@ -224,7 +276,7 @@ def as_subspaces(X: Any, roles: Sequence[str], device: Any, caller: str) -> Subs
     if isinstance(X, Subspaces):
         return X
     source = open_door(X, caller)
-    wanted = [ANONYMOUS] if source.stacks is not None and ANONYMOUS in source.stacks else roles
+    wanted = [ANONYMOUS] if source.anonymous else roles
     return extract_subspaces(
         source, wanted, rank=None, fold_norm=False, center=False, device=device, caller=caller
     )
@@ -232,7 +284,7 @@ def as_subspaces(X: Any, roles: Sequence[str], device: Any, caller: str) -> Subs
 
 def check_pairs(pairs: Any, allowed: Sequence[str], caller: str) -> tuple[str, ...]:
     """Pair kinds as a tuple, each one of `allowed` and none twice."""
-    listed = (pairs,) if isinstance(pairs, str) else tuple(pairs)
+    listed = (pairs,) if isinstance(pairs, str) or not np.iterable(pairs) else tuple(pairs)
     unknown = [pair for pair in listed if pair not in allowed]
     if unknown or not listed or len(set(listed)) != len(listed):
         what = f"unknown pair {unknown[0]!r}" if unknown else f"got {pairs!r}"
@@ -274,20 +326,29 @@ def defined_pairs(
     same_role : bool
         Whether both heads play one role, in which a head against itself says nothing.
     layer_order : {"forward", "all"}
-        "forward" asks for the row's layer to be strictly below the column's.
+        "forward" asks for the row's layer to be strictly below the column's in the same model;
+        heads that have no layers are all compared.
 
     Returns
     -------
     ndarray of shape (n_rows, n_columns)
     """
-    if layer_order == "forward":
-        return rows["layer"].to_numpy()[:, None] < columns["layer"].to_numpy()[None, :]
-    defined = np.ones((len(rows), len(columns)), dtype=bool)
-    if same_role:
-        keys = ["source", "layer", "head"]
-        both = pd.concat([rows[keys], columns[keys]]).groupby(keys, sort=False).ngroup().to_numpy()
-        defined &= both[: len(rows), None] != both[None, len(rows) :]
-    return defined
+    layered = all((heads["layer"] != NO_LAYER).all() for heads in (rows, columns))
+    if layer_order == "forward" and layered:
+        earlier = rows["layer"].to_numpy()[:, None] < columns["layer"].to_numpy()[None, :]
+        sources = pd.factorize(pd.concat([rows["source"], columns["source"]]))[0]
+        return earlier & (sources[: len(rows), None] == sources[None, len(rows) :])
+    if not same_role:
+        return np.ones((len(rows), len(columns)), dtype=bool)
+    row_codes, column_codes = head_codes(rows, columns)
+    return row_codes[:, None] != column_codes[None, :]
+
+
+def rank_scale(r: NDArray[np.int64], s: NDArray[np.int64], normalize: str | None) -> Any:
+    """What a projection kernel of ranks r and s is divided by."""
+    if normalize is None:
+        return 1.0
+    return np.minimum(r, s) if normalize == "rank" else np.sqrt(r * s)
 
 
 def parse_bytes(value: int | str, caller: str) -> int:

@@ -9,8 +9,8 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from skhead._base import ANONYMOUS, extract_subspaces, open_door
-from skhead.exceptions import HeadShapeError
+from skhead._base import extract_subspaces, open_door
+from skhead.exceptions import DegenerateHeadError, HeadShapeError
 from skhead.linalg.factored import signed_identity
 from skhead.weights import head_labels
 
@@ -61,7 +61,7 @@ def identity_scores(
     ['pk_vo', 'identity_signed']
     """
     source = open_door(X, "identity_scores")
-    if source.stacks is not None and ANONYMOUS in source.stacks:
+    if source.anonymous:
         raise HeadShapeError(
             "identity_scores: needs W_V and W_O of every head; pass a heads table or a stack of "
             "shape (n_heads, 4, d_model, d_head) for Q, K, V, O"
@@ -80,7 +80,18 @@ def identity_scores(
         signed = signed_identity(w_v, w_o, torch.as_tensor(ranks[rows], device=w_v.device))
         parts.append(torch.stack([overlap, signed], dim=1).cpu().numpy())
     labels = pd.Index(head_labels(source.heads))
+    _refuse_zero_maps(np.concatenate(parts), labels)
     return pd.DataFrame(np.concatenate(parts), labels, ["pk_vo", "identity_signed"])
+
+
+def _refuse_zero_maps(scores: NDArray[np.float64], labels: pd.Index) -> None:
+    undefined = np.isnan(scores).any(axis=1)
+    if undefined.any():
+        label = labels[int(undefined.argmax())]
+        raise DegenerateHeadError(
+            f"identity_scores: the OV map of {label} is zero, so that it has no sign; "
+            "drop the head, for example heads.drop(index=...)"
+        )
 
 
 def _heads_of(stack: torch.Tensor, index: NDArray[np.int64]) -> torch.Tensor:

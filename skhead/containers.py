@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from skhead.exceptions import HeadShapeError
 from skhead.linalg.topk import largest_entries
@@ -18,7 +18,9 @@ from skhead.weights import head_labels
 if TYPE_CHECKING:
     import networkx
 
-__all__ = ["RoleBases", "Similarity", "Subspaces"]
+__all__ = ["Calibration", "RoleBases", "Similarity", "Subspaces", "head_codes"]
+
+_HEAD = ["source", "layer", "head"]
 
 
 def _freeze(value: Any) -> Any:
@@ -126,6 +128,11 @@ class Subspaces(_Frozen):
         return int(next(iter(self.bases.values())).vectors.shape[1])
 
     @property
+    def rereadable(self) -> bool:
+        """Whether the weights can be read again from where the heads table says they are."""
+        return bool((self.heads["layer"] >= 0).all())
+
+    @property
     def shape(self) -> tuple[int, int]:
         """``(n_heads, d_model)``."""
         return len(self), self.d_model
@@ -195,12 +202,61 @@ class Subspaces(_Frozen):
 
     def __repr__(self) -> str:
         ranks = np.concatenate([basis.ranks for basis in self.bases.values()])
+        if not ranks.size:
+            return f"Subspaces(0 heads, roles {' '.join(self.roles)}, d_model {self.d_model})"
         low, high = int(ranks.min()), int(ranks.max())
         span = f"{low}" if low == high else f"{low} to {high}"
         return (
             f"Subspaces({len(self)} heads, roles {' '.join(self.roles)}, "
             f"d_model {self.d_model}, ranks {span})"
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration(_Frozen):
+    """What a null law says of every pair of a similarity.
+
+    Every array has the shape of the similarity's values and is NaN where they are.
+
+    Attributes
+    ----------
+    null : str
+        Name of the null law.
+    side : {"two", "upper", "lower"}
+        Which deviations count as evidence.
+    score : ndarray, float32
+        The similarity before calibration.
+    z : ndarray, float32
+        Deviation from the expectation in units of the null's standard deviation.
+    log10_p : ndarray, float64
+        Decimal logarithm of the p-value, which may lie below the smallest float.
+    q : ndarray, float64
+        Smallest false discovery rate at which the pair is called.
+    ratio, excess : ndarray, float32
+        Effect sizes: the score divided by its expectation, and the score minus it.
+    """
+
+    null: str
+    side: str
+    score: NDArray[np.float32]
+    z: NDArray[np.float32]
+    log10_p: NDArray[np.float64]
+    q: NDArray[np.float64]
+    ratio: NDArray[np.float32]
+    excess: NDArray[np.float32]
+
+    def take(self, rows: NDArray[np.int64]) -> Calibration:
+        """The calibration of some of the rows."""
+        parts = {name: getattr(self, name)[rows] for name in ("score", *CALIBRATED)}
+        return replace(self, **parts)
+
+
+#: Units in which the strongest pairs have the smallest values.
+_SMALL_IS_STRONG = ("log10_p", "q")
+_SUBSPACES = ("row_subspaces", "column_subspaces")
+
+#: What calibration knows of every pair, in the order in which tables list it.
+CALIBRATED = ("z", "log10_p", "q", "ratio", "excess")
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,6 +281,11 @@ class Similarity(_Frozen):
     row_ranks, column_ranks : ndarray of shape (n_rows, n_pairs), (n_columns, n_pairs), int64
     null_mean, null_sd : ndarray, broadcastable to `values`
         Expectation and standard deviation between independent random subspaces; NaN if unknown.
+    row_subspaces, column_subspaces : Subspaces or None
+        What was compared, while it is at hand: a part of a similarity, or one that was pickled,
+        does not carry subspaces that can be read again.
+    calibration : Calibration or None
+        What a null law says of every pair; set by `NullCalibrator`.
 
     Examples
     --------
@@ -248,11 +309,31 @@ class Similarity(_Frozen):
     column_ranks: NDArray[np.int64]
     null_mean: NDArray[np.float64]
     null_sd: NDArray[np.float64]
+    row_subspaces: Subspaces | None = None
+    column_subspaces: Subspaces | None = None
+    calibration: Calibration | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """Shape of the 2-D feature matrix, ``(n_rows, n_pairs * n_columns)``."""
         return len(self.rows), len(self.pairs) * len(self.columns)
+
+    @property
+    def row_labels(self) -> list[str]:
+        """Labels of the row heads; a head that is also a column has one label for both."""
+        return self._labels()[0]
+
+    @property
+    def column_labels(self) -> list[str]:
+        """Labels of the column heads."""
+        return self._labels()[1]
+
+    def _labels(self) -> tuple[list[str], list[str]]:
+        both = pd.concat([self.rows, self.columns])
+        codes = np.concatenate(head_codes(self.rows, self.columns))
+        _, first = np.unique(codes, return_index=True)
+        names = np.asarray(head_labels(both.iloc[first]), dtype=object)
+        return list(names[codes[: len(self.rows)]]), list(names[codes[len(self.rows) :]])
 
     @property
     def feature_names(self) -> list[str]:
@@ -272,7 +353,13 @@ class Similarity(_Frozen):
             row_ranks=self.row_ranks[rows],
             null_mean=_take_rows(self.null_mean, rows),
             null_sd=_take_rows(self.null_sd, rows),
+            row_subspaces=_only_copies(self.row_subspaces, rows),
+            calibration=None if self.calibration is None else self.calibration.take(rows),
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        sides = {name: _only_copies(getattr(self, name)) for name in _SUBSPACES}
+        return super().__getstate__() | sides
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
@@ -299,7 +386,7 @@ class Similarity(_Frozen):
             If the similarity lacks the pair kind.
         """
         values = self.values[:, :, self._position(pair)]
-        return pd.DataFrame(values, index=head_labels(self.rows), columns=head_labels(self.columns))
+        return pd.DataFrame(values, index=self.row_labels, columns=self.column_labels)
 
     def _position(self, pair: str) -> int:
         if pair not in self.pairs:
@@ -322,10 +409,40 @@ class Similarity(_Frozen):
         ndarray of shape (n_rows, n_columns), float32
         """
         values = self.values[:, :, self._position(pair)]
-        if pair[0] == pair[1] and self.rows.equals(self.columns):
-            mirrored = np.tril(np.ones(values.shape, dtype=bool), -1) & ~np.isnan(values.T)
-            values = np.where(mirrored, np.float32(np.nan), values)
-        return values
+        return np.where(self._mirror(pair)[0], np.float32(np.nan), values)
+
+    def fill_mirrored(self, pair: str, values: NDArray[np.floating]) -> NDArray[np.floating]:
+        """Give pairs that `listed` leaves out the value of their mirror image.
+
+        Parameters
+        ----------
+        pair : str
+            One of `pairs`.
+        values : ndarray of shape (n_rows, n_columns)
+            Something known of the listed pairs.
+
+        Returns
+        -------
+        ndarray of shape (n_rows, n_columns)
+        """
+        unlisted, rows, columns = self._mirror(pair)
+        return np.where(unlisted, values[rows[None, :], columns[:, None]], values)
+
+    def _mirror(self, pair: str) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]:
+        """Which pairs are listed as their mirror image; rows of columns, columns of rows."""
+        values = self.values[:, :, self._position(pair)]
+        row_codes, column_codes = head_codes(self.rows, self.columns)
+        n_codes = 1 + max(row_codes.max(initial=-1), column_codes.max(initial=-1))
+        at_row, at_column = np.full((2, n_codes), -1)
+        at_row[row_codes[::-1]] = np.arange(len(row_codes))[::-1]
+        at_column[column_codes[::-1]] = np.arange(len(column_codes))[::-1]
+        rows, columns = at_row[column_codes], at_column[row_codes]
+        unlisted = np.zeros(values.shape, dtype=bool)
+        if pair[0] == pair[1]:
+            known = (rows[None, :] >= 0) & (columns[:, None] >= 0)
+            later = row_codes[:, None] > column_codes[None, :]
+            unlisted = known & later & ~np.isnan(values[rows[None, :], columns[:, None]])
+        return unlisted, rows, columns
 
     def to_frame(self) -> pd.DataFrame:
         """Every defined pair as a row: ``pair``, ``source``, ``target``, ``score``."""
@@ -337,7 +454,9 @@ class Similarity(_Frozen):
         return pd.concat(parts, ignore_index=True)
 
     def top_pairs(self, k: int = 20) -> pd.DataFrame:
-        """The `k` largest of every pair kind, with their ``rank`` from 1; ties in table order.
+        """The `k` strongest of every pair kind, with their ``rank`` from 1; ties in table order.
+
+        The strongest have the largest values, or the smallest where these are log10 p or q.
 
         Parameters
         ----------
@@ -356,9 +475,10 @@ class Similarity(_Frozen):
         """
         if int(k) != k or k < 1:
             raise ValueError(f"Similarity.top_pairs: k must be a positive integer, got {k!r}")
+        falling = -1.0 if self.unit in _SMALL_IS_STRONG else 1.0
         parts = []
         for pair in self.pairs:
-            rows, columns = largest_entries(self.listed(pair), int(k))
+            rows, columns = largest_entries(falling * self.listed(pair), int(k))
             edges = self._edges(pair, rows, columns)
             edges.insert(1, "rank", np.arange(1, len(edges) + 1))
             parts.append(edges)
@@ -367,10 +487,14 @@ class Similarity(_Frozen):
     def _edges(
         self, pair: str, rows: NDArray[np.int64], columns: NDArray[np.int64]
     ) -> pd.DataFrame:
-        source = np.asarray(head_labels(self.rows), dtype=object)[rows]
-        target = np.asarray(head_labels(self.columns), dtype=object)[columns]
-        scores = self.values[rows, columns, self._position(pair)]
-        return pd.DataFrame({"pair": pair, "source": source, "target": target, "score": scores})
+        source = np.asarray(self.row_labels, dtype=object)[rows]
+        target = np.asarray(self.column_labels, dtype=object)[columns]
+        at = (rows, columns, self._position(pair))
+        table = {"pair": pair, "source": source, "target": target, "score": self.values[at]}
+        if self.calibration is not None:
+            table["score"] = self.calibration.score[at]
+            table |= {name: getattr(self.calibration, name)[at] for name in CALIBRATED}
+        return pd.DataFrame(table)
 
     def to_graph(self, k: int = 20) -> networkx.MultiDiGraph:
         """Wiring graph of the `k` largest pairs of every kind; see `skhead.wiring_graph`.
@@ -413,18 +537,53 @@ class Similarity(_Frozen):
         )
 
 
+def head_codes(
+    rows: pd.DataFrame, columns: pd.DataFrame
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Numbers that are equal for equal heads, by source, layer and head.
+
+    Parameters
+    ----------
+    rows, columns : DataFrame
+        Heads tables.
+
+    Returns
+    -------
+    row_codes, column_codes : ndarray of shape (n_rows,), (n_columns,), int64
+        In order of first appearance, rows first.
+    """
+    both = pd.concat([rows[_HEAD], columns[_HEAD]], ignore_index=True)
+    codes = both.groupby(_HEAD, sort=False).ngroup().to_numpy().astype(np.int64)
+    return codes[: len(rows)], codes[len(rows) :]
+
+
+def _only_copies(
+    subspaces: Subspaces | None, rows: NDArray[np.int64] | None = None
+) -> Subspaces | None:
+    """Subspaces that exist nowhere else, of all heads or of some."""
+    if subspaces is None or subspaces.rereadable:
+        return None
+    return subspaces if rows is None else subspaces[rows]
+
+
 def _row_positions(key: Any, n_rows: int) -> NDArray[np.int64]:
-    """Positions that an index, slice, mask or array of positions selects."""
+    """Positions that an integer, slice, mask or list of positions selects."""
     if isinstance(key, tuple) and len(key) == 2 and key[1] is Ellipsis:
         key = key[0]
     if isinstance(key, int | np.integer):
         key = [key]
-    return np.arange(n_rows)[key if isinstance(key, slice) else _as_positions(key)]
-
-
-def _as_positions(key: ArrayLike | Sequence[int]) -> NDArray[Any]:
-    positions = np.asarray(key)
-    return positions.astype(np.int64) if positions.size == 0 else positions
+    if not isinstance(key, slice):
+        whole = not isinstance(key, tuple) and key is not None
+        key = np.asarray(key if whole else "not an index")
+        if key.size == 0 and key.ndim == 1:
+            key = key.astype(np.int64)
+        mask = key.dtype.kind == "b" and len(key) == n_rows
+        if key.ndim != 1 or not (mask or key.dtype.kind in "iu"):
+            raise IndexError(
+                f"heads are selected by an integer, a slice, a mask of length {n_rows} or a list "
+                "of positions; for labels use .heads.index.get_indexer or .rows.index.get_indexer"
+            )
+    return np.arange(n_rows)[key]
 
 
 def _take_rows(values: NDArray[np.float64], rows: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -169,9 +169,9 @@ class SubspaceExtractor(HeadEstimator, auto_wrap_output_keys=None):  # type: ign
                 f"{name}: fold_norm and center need the model's norms; a stack has none, "
                 "so pass a heads table or process the stack yourself"
             )
-        if source.stacks is not None and ANONYMOUS in source.stacks:
+        if source.anonymous:
             return (ANONYMOUS,)
-        roles = tuple(self.roles)
+        roles = tuple(self.roles) if np.iterable(self.roles) else ()
         if not roles or len(set(roles)) != len(roles) or not set(roles) <= set(ROLES):
             raise ValueError(
                 f"{name}: roles must be distinct letters of 'QKVO', got {self.roles!r}"

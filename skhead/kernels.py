@@ -26,6 +26,7 @@ from skhead._base import (
     open_door,
     parse_bytes,
     progress_fraction,
+    rank_scale,
 )
 from skhead.containers import Similarity, Subspaces
 from skhead.exceptions import DegenerateHeadError, HeadShapeError, MemoryBudgetError
@@ -85,10 +86,11 @@ class _PairwiseKernel(HeadEstimator):
 
     def _output(self, similarity: Similarity) -> Any:
         """The container, or its 2-D form where the user has asked for data frames."""
-        if _get_output_config("transform", self)["dense"] == "default":
-            return similarity
-        labels = pd.Index(head_labels(similarity.rows))
-        return pd.DataFrame(np.asarray(similarity), labels, similarity.feature_names)
+        wanted = _get_output_config("transform", self)["dense"]
+        if wanted != "pandas":
+            return similarity if wanted == "default" else np.asarray(similarity)
+        flat = np.asarray(similarity)
+        return pd.DataFrame(flat, similarity.rows.index, similarity.feature_names)
 
     def _overlaps(
         self,
@@ -218,8 +220,15 @@ class ProjectionKernel(_PairwiseKernel):
         """
         check_is_fitted(self)
         name = type(self).__name__
-        rows = as_subspaces(X, _roles_in(self.pairs_), self.device, name)
+        anonymous = self.pairs_ == (ANONYMOUS * 2,)
+        needed = list(dict.fromkeys(pair[0] for pair in self.pairs_))
+        rows = as_subspaces(X, ROLES if anonymous else needed, self.device, name)
         self._check_width(rows.d_model)
+        if anonymous != (rows.roles == (ANONYMOUS,)):
+            raise HeadShapeError(
+                f"{name}: was fitted on the roles {' '.join(self.reference_.roles)}, but these "
+                f"heads have the roles {' '.join(rows.roles)}; use one kind of input for both"
+            )
         check_same_record(self.reference_.record, rows.record, name)
         return self._compare_with_reference(rows)
 
@@ -227,26 +236,34 @@ class ProjectionKernel(_PairwiseKernel):
         """Compare heads, or with None the reference heads themselves, with the reference."""
         reference, rows = self.reference_, self.reference_ if given is None else given
         roles = _roles_in(self.pairs_)
-        stacks = [self._stack(rows, role) for role in roles]
-        others = None if given is None else [self._stack(reference, role) for role in roles]
         blocks = {pair: (roles.index(pair[0]), roles.index(pair[1])) for pair in self.pairs_}
+        if given is None:
+            stacks, others = [self._stack(reference, role) for role in roles], None
+        else:
+            first, second = (list(dict.fromkeys(pair[i] for pair in self.pairs_)) for i in (0, 1))
+            stacks = [self._stack(rows, role) for role in first]
+            others = [self._stack(reference, role) for role in second]
+            dtype = torch.promote_types(stacks[0].dtype, others[0].dtype)
+            stacks, others = ([x.to(dtype) for x in side] for side in (stacks, others))
+            blocks = {pair: (first.index(pair[0]), second.index(pair[1])) for pair in self.pairs_}
         found = self._overlaps(stacks, others, list(blocks.values()))
         row_ranks = np.stack([rows.ranks(pair[0]) for pair in self.pairs_], axis=1)
         column_ranks = np.stack([reference.ranks(pair[1]) for pair in self.pairs_], axis=1)
         mean, sd = _haar_summary(row_ranks, column_ranks, self.d_model_, self.normalize)
         values = np.empty((len(rows), len(reference), len(self.pairs_)), dtype=np.float32)
-        order = self.layer_order if self.pairs_ != (ANONYMOUS * 2,) else "all"
         for p, (pair, block) in enumerate(blocks.items()):
             distinct = found[block]
             index = np.ix_(rows.role(pair[0]).index, reference.role(pair[1]).index)
-            scale = _scale(row_ranks[:, None, p], column_ranks[None, :, p], self.normalize)
-            defined = defined_pairs(rows.heads, reference.heads, pair[0] == pair[1], order)
+            scale = rank_scale(row_ranks[:, None, p], column_ranks[None, :, p], self.normalize)
+            defined = defined_pairs(
+                rows.heads, reference.heads, pair[0] == pair[1], self.layer_order
+            )
             values[:, :, p] = np.where(defined, distinct[index] / scale, np.nan)
         unit = "pk" if self.normalize is None else f"pk/{self.normalize}"
         return self._output(
             Similarity(
                 values, self.pairs_, rows.heads, reference.heads, unit, dict(reference.record),
-                self.d_model_, row_ranks, column_ranks, mean, sd,
+                self.d_model_, row_ranks, column_ranks, mean, sd, rows, reference,
             )
         )  # fmt: skip
 
@@ -270,7 +287,8 @@ class CompositionScore(_PairwiseKernel):
     pairs : sequence of {"OQ", "OK", "OV"}, default=("OQ", "OK", "OV")
         Q-, K- and V-composition.
     layer_order : {"forward", "all"}, default="forward"
-        "forward" leaves NaN unless the row head's layer lies strictly below the column head's.
+        "forward" leaves NaN unless both heads are of one model and the row head's layer lies
+        strictly below the column head's. Heads of a stack have no layers and are all compared.
     baseline : {None, "difference", "ratio"}, default=None
         Subtract ``1/sqrt(d_model)`` from the score, or divide the score by it.
     fold_norm, center : bool, default=False
@@ -353,7 +371,7 @@ class CompositionScore(_PairwiseKernel):
         check_option("baseline", self.baseline, (None, "difference", "ratio"), name)
         parse_bytes(self.max_memory, name)
         self.pairs_ = check_pairs(self.pairs, ("OQ", "OK", "OV"), name)
-        self._reference = self._open(X)
+        self._reference = self._open(X).kept()
         self.reference_heads_ = self._reference.heads
         self.d_model_ = self._reference.d_model
 
@@ -377,15 +395,10 @@ class CompositionScore(_PairwiseKernel):
 
     def _open(self, X: Any) -> HeadInput:
         source = open_door(X, type(self).__name__)
-        if source.stacks is not None and ANONYMOUS in source.stacks:
+        if source.anonymous:
             raise HeadShapeError(
                 f"{type(self).__name__}: a composition score needs all four matrices of a head; "
                 "pass a heads table or a stack of shape (n_heads, 4, d_model, d_head)"
-            )
-        if self.layer_order == "forward" and not source.has_layers:
-            raise HeadShapeError(
-                f"{type(self).__name__}: heads of a stack have no layers; "
-                "set layer_order='all' or pass a heads table"
             )
         return source
 
@@ -395,15 +408,17 @@ class CompositionScore(_PairwiseKernel):
         rows = reference if given is None else given
         read = self._matrices(reference, self._roles_to_read())
         own = read if given is None else self._matrices(given, "VO")
-        writer = map_factors(own["O"], own["V"])
-        readers = [self._reader(read, pair) for pair in self.pairs_]
+        writer = self._factors(own["O"], own["V"], rows, "OV")
+        readers = [
+            self._factors(read[facing], read[away], reference, pair)
+            for pair, facing, away in ((pair, *_READER_ROLES[pair]) for pair in self.pairs_)
+        ]
+        dtype = torch.promote_types(writer.dtype, readers[0].dtype)
+        writer, readers = writer.to(dtype), [reader.to(dtype) for reader in readers]
         found = self._overlaps([writer], readers, [(0, p) for p in range(len(readers))])
-        writer_norm = self._map_norms(writer, rows, "OV")
         values = np.empty((len(rows.heads), len(reference.heads), len(readers)), dtype=np.float32)
-        for p, reader in enumerate(readers):
-            name = "OV" if self.pairs_[p] == "OV" else "QK"
-            norms = writer_norm[:, None] * self._map_norms(reader, reference, name)[None, :]
-            score = np.sqrt(np.maximum(found[0, p], 0.0)) / norms
+        for p in range(len(readers)):
+            score = np.sqrt(np.maximum(found[0, p], 0.0))
             defined = defined_pairs(rows.heads, reference.heads, False, self.layer_order)
             values[:, :, p] = np.where(defined, self._above_baseline(score), np.nan)
         chance = np.full((1, 1, len(readers)), self.d_model_**-0.5)
@@ -438,23 +453,19 @@ class CompositionScore(_PairwiseKernel):
             read[role] = _expand(stack.tensor, stack.index)
         return read
 
-    def _map_norms(
-        self, factors: torch.Tensor, source: HeadInput, name: str
-    ) -> NDArray[np.float64]:
-        """Frobenius norms of the maps behind the factors, none of them zero."""
-        norms = torch.linalg.vector_norm(factors, dim=(1, 2)).cpu().numpy().astype(np.float64)
-        if (norms == 0).any():
-            label = head_labels(source.heads)[int(np.flatnonzero(norms == 0)[0])]
+    def _factors(
+        self, outer: torch.Tensor, inner: torch.Tensor, source: HeadInput, pair: str
+    ) -> torch.Tensor:
+        """Unit factors of the maps through which the heads write or read, none of them zero."""
+        factors, strengths = map_factors(outer, inner)
+        zero = np.flatnonzero((strengths == 0).cpu().numpy())
+        if zero.size:
+            name, label = "OV" if pair == "OV" else "QK", head_labels(source.heads)[zero[0]]
             raise DegenerateHeadError(
                 f"{type(self).__name__}: the {name} map of {label} is zero, so that nothing "
                 "composes with it; drop the head, for example heads.drop(index=...)"
             )
-        return norms
-
-    @staticmethod
-    def _reader(read: Mapping[str, torch.Tensor], pair: str) -> torch.Tensor:
-        facing, away = _READER_ROLES[pair]
-        return map_factors(read[facing], read[away])
+        return factors
 
 
 def _roles_in(pairs: Sequence[str]) -> list[str]:
@@ -468,12 +479,6 @@ def _expand(stack: torch.Tensor, index: NDArray[np.int64]) -> torch.Tensor:
     return stack[torch.as_tensor(index, device=stack.device)]
 
 
-def _scale(r: NDArray[np.int64], s: NDArray[np.int64], normalize: str | None) -> Any:
-    if normalize is None:
-        return 1.0
-    return np.minimum(r, s) if normalize == "rank" else np.sqrt(r * s)
-
-
 def _haar_summary(
     row_ranks: NDArray[np.int64],
     column_ranks: NDArray[np.int64],
@@ -485,5 +490,5 @@ def _haar_summary(
         row_ranks, column_ranks = row_ranks[:1], column_ranks[:1]
     r, s = row_ranks[:, None, :], column_ranks[None, :, :]
     moments = haar_moments(r, s, d_model)
-    scale = _scale(r, s, normalize)
+    scale = rank_scale(r, s, normalize)
     return moments.mean / scale, np.sqrt(moments.variance) / scale

@@ -7,7 +7,7 @@ import pytest
 from toys import toy_heads
 
 from skhead import identity_scores, load_weights
-from skhead.exceptions import HeadShapeError
+from skhead.exceptions import DegenerateHeadError, HeadShapeError
 
 
 def test_copying_erasing_and_random_heads():
@@ -30,6 +30,14 @@ def test_equals_dense_maps():
     signed = np.trace(maps, axis1=1, axis2=2) / (np.linalg.norm(maps, axis=(1, 2)) * 5**0.5)
     np.testing.assert_allclose(scores["identity_signed"], signed, rtol=1e-6)
     assert scores.index.tolist() == heads.index.tolist()
+
+
+def test_a_zero_map_has_no_sign():
+    basis = np.linalg.qr(np.random.default_rng(0).standard_normal((12, 6)))[0]
+    head = np.stack([np.concatenate([basis[:, :3], 0 * basis[:, :3]], axis=1)] * 4)
+    head[3] = np.concatenate([0 * basis[:, 3:], basis[:, 3:]], axis=1)
+    with pytest.raises(DegenerateHeadError, match="OV map of H0 is zero"):
+        identity_scores(head[None])
 
 
 def test_one_role_is_not_enough():

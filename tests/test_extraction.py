@@ -149,6 +149,67 @@ def test_parameters_are_checked():
         SubspaceExtractor(fold_norm=True).fit(X)
 
 
+@pytest.mark.parametrize("true_rank", [1, 2, 5])
+def test_rank_of_double_precision_products(true_rank):
+    rng = np.random.default_rng(0)
+    for d_model, d_head in ((256, 16), (768, 64), (20, 7)):
+        X = rng.standard_normal((3, d_model, true_rank)) @ rng.standard_normal(
+            (3, true_rank, d_head)
+        )
+        assert set(SubspaceExtractor().fit_transform(X).ranks("X")) == {true_rank}
+    whole = np.rint(10 * rng.standard_normal((2, 40, true_rank))).astype(int)
+    repeated = np.concatenate([whole, whole], axis=2)
+    assert set(SubspaceExtractor().fit_transform(repeated).ranks("X")) == {true_rank}
+
+
+@pytest.mark.parametrize(
+    "disguise",
+    [
+        lambda X: X[::-1][::-1],
+        np.asfortranarray,
+        lambda X: X.astype(">f8"),
+        lambda X: X.astype(np.longdouble),
+        lambda X: X.tolist(),
+        lambda X: torch.from_numpy(X).requires_grad_(),
+        lambda X: torch.nn.Parameter(torch.from_numpy(X)),
+        lambda X: torch.from_numpy(X).mT.contiguous().mT,
+    ],
+)
+def test_equal_stacks_in_any_guise(disguise):
+    expected = SubspaceExtractor().fit_transform(stack()).numpy("X")
+    np.testing.assert_allclose(
+        SubspaceExtractor().fit_transform(disguise(stack())).numpy("X"), expected
+    )
+
+
+def test_reversed_view():
+    expected = SubspaceExtractor().fit_transform(stack()).numpy("X")[::-1]
+    np.testing.assert_array_equal(
+        SubspaceExtractor().fit_transform(stack()[::-1]).numpy("X"), expected
+    )
+
+
+@pytest.mark.parametrize("key", ["L0H0", (1, 2), None, np.zeros((2, 2), int), [True, False], 1.5])
+def test_other_keys_are_refused(key):
+    found = SubspaceExtractor().fit_transform(stack())
+    with pytest.raises(IndexError, match="a mask of length 6 or a list of positions"):
+        found[key]
+    assert repr(found[[]]) == "Subspaces(0 heads, roles X, d_model 20)"
+
+
+def test_rank_does_not_depend_on_other_models_in_the_table():
+    fine = random_weights(n_layers=1, n_heads=2, d_model=40, d_head=4)
+    fine["blocks.0.attn.W_Q"] *= torch.tensor([1.0, 1e-2, 1e-3, 1e-4])
+    coarse = {
+        k: v.bfloat16()
+        for k, v in random_weights(n_layers=1, n_heads=2, d_model=40, d_head=4).items()
+    }
+    with registered(fine) as a, registered(coarse) as b:
+        alone = SubspaceExtractor(roles="Q").fit_transform(a).ranks("Q").tolist()
+        both = SubspaceExtractor(roles="Q").fit_transform(pd.concat([a, b])).ranks("Q").tolist()
+    assert alone == both[:2] == [4, 4]
+
+
 @pytest.mark.parametrize(
     "bad, error, message",
     [
@@ -157,6 +218,9 @@ def test_parameters_are_checked():
         (np.ones((2, 3, 4, 5)), HeadShapeError, r"got shape \(2, 3, 4, 5\)"),
         (np.full((2, 3, 2), "a"), HeadShapeError, "real numeric"),
         (np.ones((2, 3, 2), dtype=complex), HeadShapeError, "dtype complex128"),
+        ([[[1.0, 2.0]], [[1.0]]], HeadShapeError, "got a ragged list"),
+        (torch.ones(2, 3, 2, dtype=torch.complex64), HeadShapeError, "must be real.*complex64"),
+        (torch.ones(2, 3, 2).to(torch.float8_e4m3fn), HeadShapeError, "16 bits or more.*float8"),
         (np.full((2, 3, 2), np.nan), DegenerateHeadError, "head 0 of the stack holds NaN"),
     ],
 )  # fmt: skip

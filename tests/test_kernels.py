@@ -9,9 +9,10 @@ import joblib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from toys import random_weights, registered, toy_heads
 
-from skhead import CompositionScore, ProjectionKernel, SubspaceExtractor, load_weights
+from skhead import CompositionScore, ProjectionKernel, SubspaceExtractor, hub_table, load_weights
 from skhead.exceptions import DegenerateHeadError, HeadShapeError, ProvenanceMismatchError
 
 ALL = [a + b for a in "QKVO" for b in "QKVO"]
@@ -131,8 +132,6 @@ def test_rotation_of_the_residual_stream_changes_nothing():
         name: (w.numpy() @ rotation.T if "W_O" in name else rotation @ w.numpy())
         for name, w in weights.items()
     }
-    import torch
-
     rotated = {name: torch.from_numpy(w.astype(np.float32)) for name, w in rotated.items()}
     for estimator in (ProjectionKernel(), CompositionScore()):
         with registered(weights) as heads, registered(rotated) as other:
@@ -280,8 +279,6 @@ def test_other_width_is_refused():
 def test_composition_needs_all_four_matrices():
     with pytest.raises(HeadShapeError, match="needs all four matrices"):
         CompositionScore().fit(np.ones((3, 8, 2)))
-    with pytest.raises(HeadShapeError, match="heads of a stack have no layers"):
-        CompositionScore().fit(np.ones((3, 4, 8, 2)))
 
 
 def test_composition_of_a_zero_map_is_refused():
@@ -312,3 +309,120 @@ def test_budget_texts():
     for text, expected in sizes.items():
         assert parse_bytes(text, "test") == expected
     assert [a + b for a, b in product("QKVO", repeat=2)] == ALL
+
+
+def test_heads_of_different_models_are_compared_only_on_request():
+    with toy_heads(seed=1) as a, toy_heads(seed=2) as b:
+        both = pd.concat([a, b])
+        forward = ProjectionKernel(pairs=["OQ"]).fit_transform(both)
+        every = ProjectionKernel(pairs=["OQ"], layer_order="all").fit_transform(both)
+    assert len(forward.to_frame()) == 2 * 48
+    assert np.isnan(forward.values[:12, 12:]).all()
+    assert len(every.to_frame()) == 24 * 24
+
+
+def test_labels_tell_models_apart_and_know_the_same_head_on_both_sides():
+    with toy_heads(seed=1) as a, toy_heads(seed=2) as b:
+        across = ProjectionKernel(pairs=["OQ"], layer_order="all").fit(a).transform(b)
+        assert not set(across.row_labels) & set(across.column_labels)
+        table = hub_table(across, k=5)
+        assert len(table) == 24 and table.index.is_unique
+        assert table["degree"].sum() == 10
+        back = ProjectionKernel(pairs=["OQ"], layer_order="all").fit(pd.concat([a, b])).transform(a)
+        assert back.row_labels == back.column_labels[:12]
+        assert len(hub_table(back, k=5)) == 24
+
+
+def test_unordered_pairs_are_listed_once_in_any_order_of_rows():
+    with toy_heads() as heads:
+        kernel = ProjectionKernel(pairs=["QQ"], layer_order="all").fit(heads)
+        turned = kernel.transform(heads.iloc[::-1])
+        half = kernel.transform(heads.iloc[:3])
+    assert len(turned.to_frame()) == 66
+    assert len(half.to_frame()) == 3 + 3 * 9
+    known = np.where(np.isnan(turned.listed("QQ")), np.nan, turned.values[:, :, 0])
+    np.testing.assert_allclose(turned.fill_mirrored("QQ", known), turned.values[:, :, 0], atol=1e-5)
+
+
+def test_equal_matrices_of_a_stack_are_two_heads():
+    stack = np.random.default_rng(0).standard_normal((3, 20, 4))
+    stack[1] = stack[0]
+    found = ProjectionKernel().fit_transform(stack)
+    assert found.values[0, 1, 0] == pytest.approx(4.0, abs=1e-5)
+    assert np.isnan(found.values[:, :, 0].diagonal()).all()
+
+
+def test_heads_of_a_stack_are_all_compared():
+    four = np.random.default_rng(0).standard_normal((5, 4, 12, 3))
+    for estimator in (ProjectionKernel(), CompositionScore()):
+        assert not np.isnan(estimator.fit_transform(four).values).any()
+
+
+def test_stacks_of_two_precisions_are_compared():
+    stack = np.random.default_rng(0).standard_normal((64, 64, 32))
+    wide = ProjectionKernel().fit(stack).transform(stack.astype(np.float32))
+    narrow = ProjectionKernel().fit(stack.astype(np.float32)).transform(stack)
+    np.testing.assert_allclose(wide.values, narrow.values, atol=1e-4)
+
+
+def test_table_and_stack_are_not_mixed_silently():
+    stack = np.random.default_rng(0).standard_normal((5, 24, 5))
+    with toy_heads() as heads:
+        with pytest.raises(HeadShapeError, match="ProjectionKernel: was fitted on the roles O Q"):
+            ProjectionKernel(pairs=["OQ"]).fit(heads).transform(stack)
+        with pytest.raises(HeadShapeError, match="ProjectionKernel: was fitted on the roles X"):
+            ProjectionKernel().fit(stack).transform(heads)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-7, 1e5, 1e12])
+def test_composition_does_not_depend_on_scale(scale):
+    four = np.random.default_rng(0).standard_normal((6, 4, 64, 16)).astype(np.float32)
+    plain, scaled = (
+        CompositionScore().fit_transform(x).values for x in (four, four * np.float32(scale))
+    )
+    np.testing.assert_allclose(scaled, plain, rtol=2e-5)
+
+
+def test_composition_through_nearly_cancelling_sides():
+    """Strong directions of one factor face weak ones of the other."""
+    rng = np.random.default_rng(0)
+    gains = np.geomspace(1, 1e-4, 8)
+    left, right = (np.linalg.qr(rng.standard_normal((2, 40, 8)))[0] for _ in range(2))
+    four = np.stack([left * gains, right, left * gains, right * gains[::-1]], axis=1)
+    found = CompositionScore(pairs=["OV"]).fit_transform(four.astype(np.float32)).values[:, :, 0]
+    maps = [x[2] @ x[3].T for x in four]
+    norm = np.linalg.norm
+    expected = [[norm(m @ a) / (norm(m) * norm(a)) for a in maps] for m in maps]
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_fitted_composition_keeps_its_own_copy():
+    four = torch.randn(50, 4, 24, 5, generator=torch.Generator().manual_seed(0))[:3]
+    score = CompositionScore().fit(four)
+    before = score.transform(four.clone()).values
+    again = CompositionScore().fit(four.clone())
+    assert joblib.hash(score) == joblib.hash(again)
+    assert len(pickle.dumps(score)) < 4 * four.numel() + 10_000
+    rows = four.clone()
+    four.zero_()
+    np.testing.assert_array_equal(score.transform(rows).values, before)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(score)).transform(rows).values, before)
+
+
+def test_pickled_similarity_does_not_carry_what_can_be_read_again():
+    with toy_heads(d_model=64) as heads:
+        found = ProjectionKernel().fit_transform(heads)
+    assert found.row_subspaces is not None
+    assert pickle.loads(pickle.dumps(found)).row_subspaces is None
+    assert found[:2].row_subspaces is None
+    stack = ProjectionKernel().fit_transform(np.random.default_rng(0).standard_normal((5, 12, 3)))
+    assert len(pickle.loads(pickle.dumps(stack)).row_subspaces) == 5
+    assert len(stack[:2].row_subspaces) == 2
+
+
+def test_matrix_library_setting_survives_threads():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with toy_heads() as heads:
+        run = joblib.delayed(ProjectionKernel(layer_order="all").fit_transform)
+        joblib.Parallel(n_jobs=4, backend="threading")(run(heads) for _ in range(24))
+    assert torch.backends.mkldnn.matmul.fp32_precision == before

@@ -37,13 +37,16 @@ class Bases:
     numerical_ranks: torch.Tensor
 
 
-def rank_tolerance(norms: torch.Tensor, d_model: int, d_head: int, eps: float) -> torch.Tensor:
+def rank_tolerance(
+    norms: torch.Tensor, d_model: int, d_head: int, eps: float | torch.Tensor
+) -> torch.Tensor:
     """Singular values at or below this cannot be told from rounding of the stored entries.
 
     Rounding the entries of a matrix W to a format of relative spacing ``eps`` adds noise of
     spectral norm of about ``0.3 eps ||W||_F (d_model^-1/2 + d_head^-1/2)`` (the largest singular
     value of a random matrix of such entries). The tolerance is ``2 eps ||W||_F (d_model^-1/2 +
-    d_head^-1/2)``, which also covers the rounding of a product of factors in the same format.
+    d_head^-1/2)``, which also covers the rounding of a product of factors in the same format, and
+    ``max(d_model, d_head) ||W||_F`` float64 spacings for the decomposition itself.
 
     Parameters
     ----------
@@ -51,7 +54,7 @@ def rank_tolerance(norms: torch.Tensor, d_model: int, d_head: int, eps: float) -
         Frobenius norms of the matrices.
     d_model, d_head : int
         Shape of the matrices.
-    eps : float
+    eps : float or Tensor of shape (...,)
         Relative spacing of the format in which the entries were stored.
 
     Returns
@@ -59,14 +62,15 @@ def rank_tolerance(norms: torch.Tensor, d_model: int, d_head: int, eps: float) -
     Tensor of shape (...,)
     """
     spread = 1 / math.sqrt(d_model) + 1 / math.sqrt(d_head)
-    return 2.0 * eps * spread * norms
+    decomposition = max(d_model, d_head) * torch.finfo(torch.float64).eps
+    return (2.0 * spread * eps + decomposition) * norms
 
 
 def orthonormal_bases(
     stack: torch.Tensor,
     *,
     rank: int | float | None = None,
-    eps: float | None = None,
+    eps: float | torch.Tensor | None = None,
     overwrite: bool = False,
 ) -> Bases:
     """Orthonormal bases of the column spaces of many matrices at once.
@@ -82,7 +86,7 @@ def orthonormal_bases(
     rank : int, float or None
         ``None`` keeps every direction above `rank_tolerance`; an int keeps at most so many; a float
         in (0, 1) keeps the fewest directions that hold this share of the squared Frobenius norm.
-    eps : float, optional
+    eps : float or Tensor of shape (n_heads,), optional
         Relative spacing of the format the entries were stored in; that of `stack` by default.
     overwrite : bool, default=False
         Put the bases into the memory of `stack` where they fit.
@@ -93,8 +97,7 @@ def orthonormal_bases(
         `vectors` has the dtype (at least float32) and the device of `stack`.
     """
     n_heads, d_model, d_head = stack.shape
-    if eps is None:
-        eps = torch.finfo(stack.dtype).eps
+    spacing = torch.finfo(stack.dtype).eps if eps is None else eps
     out_dtype = torch.promote_types(stack.dtype, torch.float32)
     width = min(d_model, d_head)
     work_device = stack.device if stack.device.type != "mps" else torch.device("cpu")
@@ -102,6 +105,7 @@ def orthonormal_bases(
         vectors = stack
     else:
         vectors = torch.empty(n_heads, d_model, width, dtype=out_dtype, device=stack.device)
+    spacings = torch.as_tensor(spacing, dtype=torch.float64, device=work_device).expand(n_heads)
     kept = torch.empty(n_heads, dtype=torch.int64, device=work_device)
     measured = torch.empty_like(kept)
     buffers = torch.empty(
@@ -111,7 +115,7 @@ def orthonormal_bases(
         rows = slice(start, min(start + _CHUNK, n_heads))
         count = rows.stop - start
         block = buffers[0, :count].view(count, d_model, d_head).copy_(stack[rows])
-        mix, kept[rows], measured[rows] = _orthonormaliser(block, rank, eps)
+        mix, kept[rows], measured[rows] = _orthonormaliser(block, rank, spacings[rows])
         out = buffers[1, :count].view(-1)[: count * d_model * width].view(count, d_model, width)
         vectors[rows] = torch.bmm(block, mix, out=out)
     max_rank = max(int(kept.max()), 1) if n_heads else width
@@ -121,7 +125,7 @@ def orthonormal_bases(
 
 
 def _orthonormaliser(
-    block: torch.Tensor, rank: int | float | None, eps: float
+    block: torch.Tensor, rank: int | float | None, eps: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Matrices A for which ``block @ A`` is orthonormal, with kept and numerical ranks.
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["gram_roots", "map_factors", "product_norms", "signed_identity"]
+from skhead.linalg.precision import wide
+
+__all__ = ["frobenius_norms", "gram_roots", "map_factors", "product_norms", "signed_identity"]
+
+#: Norm of a map, relative to those of its sides, below which it is formed in float64.
+_CANCELLING = 1e-2
+#: Relative norm that float64 cannot tell from zero.
+_ZERO = 1e-13
 
 
 def gram_roots(stack: torch.Tensor) -> torch.Tensor:
@@ -32,11 +39,12 @@ def gram_roots(stack: torch.Tensor) -> torch.Tensor:
     return roots
 
 
-def map_factors(outer: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
-    """Factors Y with ``||Y^T x|| = ||inner (outer^T x)||`` for every residual vector x.
+def map_factors(outer: torch.Tensor, inner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors Y of unit norm with ``||Y^T x||`` proportional to ``||inner (outer^T x)||``.
 
-    Whatever reads or writes through the map ``outer inner^T`` sees only ``Y = outer L`` with
-    ``L L^T = inner^T inner``, of the shape of `outer`.
+    Whatever reads or writes through the map ``outer inner^T`` sees only ``Y = outer L`` with ``L
+    L^T = inner^T inner``, of the shape of `outer`. Where the two sides nearly cancel, the product
+    lies in directions that float32 Gram matrices lose, and is formed in float64.
 
     Parameters
     ----------
@@ -45,10 +53,60 @@ def map_factors(outer: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
 
     Returns
     -------
-    Tensor of shape (n_heads, d_model, d_head)
-        Its squared Frobenius norm is that of the map.
+    factors : Tensor of shape (n_heads, d_model, d_head)
+        Of Frobenius norm 1; zero where the map is zero.
+    strengths : Tensor of shape (n_heads,), float64
+        Norm of the map relative to the product of the norms of its sides, in [0, 1].
     """
-    return outer @ gram_roots(inner)
+    (outer, outer_norms), (inner, inner_norms) = (_within_range(x) for x in (outer, inner))
+    scale = _reciprocal(outer_norms * inner_norms)
+    factors = outer @ _scaled(gram_roots(inner), scale)
+    strengths = frobenius_norms(factors)
+    weak = strengths < _CANCELLING
+    if weak.any():
+        exact = wide(outer[weak]) @ _scaled(gram_roots(wide(inner[weak])), scale[weak])
+        strengths[weak] = frobenius_norms(exact)
+        strengths[weak] *= strengths[weak] > _ZERO
+        factors[weak] = _scaled(exact, _reciprocal(strengths[weak])).to(factors.dtype)
+    factors *= torch.where(weak, 1.0, _reciprocal(strengths))[:, None, None].to(factors.dtype)
+    return factors, strengths
+
+
+def _within_range(stack: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A stack whose Gram matrices neither overflow nor underflow, and its Frobenius norms.
+
+    Heads of extreme scale are brought to norm 1, which no score depends on.
+    """
+    norms = frobenius_norms(stack)
+    extreme = (norms > 0) & ((norms < 1e-6) | (norms > 1e6))
+    if extreme.any():
+        stack = _scaled(stack, torch.where(extreme, _reciprocal(norms), 1.0))
+        norms = frobenius_norms(stack)
+    return stack, norms
+
+
+def frobenius_norms(stack: torch.Tensor) -> torch.Tensor:
+    """Frobenius norms; only the short sums along a row are left to the dtype.
+
+    Parameters
+    ----------
+    stack : Tensor of shape (n_heads, d_model, d_head)
+
+    Returns
+    -------
+    Tensor of shape (n_heads,), float64
+    """
+    rows = wide(torch.linalg.vector_norm(stack, dim=2))
+    norms: torch.Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms
+
+
+def _reciprocal(norms: torch.Tensor) -> torch.Tensor:
+    return torch.where(norms > 0, 1 / norms, 0.0)
+
+
+def _scaled(stack: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return stack * scale[:, None, None].to(stack.dtype)
 
 
 def product_norms(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from skhead.exceptions import MemoryBudgetError
-from skhead.linalg.precision import fast_float32_matmul
+from skhead.linalg.precision import fast_float32_matmul, wide
 
 __all__ = ["OverlapPlan", "overlap_blocks", "plan_overlaps"]
 
@@ -280,19 +280,14 @@ class _PackedSide:
 
     def identity_part(self, other: _PackedSide, rows: slice, columns: slice) -> torch.Tensor:
         """What taking the identity out of both sides has left out of their inner products."""
-        a, b = _wide(self._levels[rows, None]), _wide(other._levels[None, columns])
+        a, b = wide(self._levels[rows, None]), wide(other._levels[None, columns])
         trace_a, trace_b = self._traces[rows, None], other._traces[None, columns]
         return (a * trace_b + b * trace_a - a * b * self.d_model).to(self._levels.dtype)
 
 
 def _squared_norms(stack: torch.Tensor) -> torch.Tensor:
     """Squared Frobenius norms; only the short sums along a row are left to the dtype."""
-    return _wide(torch.linalg.vector_norm(stack, dim=2)).square().sum(1)
-
-
-def _wide(values: torch.Tensor) -> torch.Tensor:
-    """Float64 where the device has it."""
-    return values if values.device.type == "mps" else values.double()
+    return wide(torch.linalg.vector_norm(stack, dim=2)).square().sum(1)
 
 
 def _plan_direct(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 
-__all__ = ["fast_float32_matmul"]
+__all__ = ["fast_float32_matmul", "wide"]
 
 #: A float32 product of random 256 x 256 matrices has a relative error near 3e-7; rounding the
 #: factors to bfloat16 gives 3e-3. Anything above this is not float32.
@@ -31,7 +33,7 @@ def fast_float32_matmul(device: torch.device) -> Iterator[None]:
     if device.type != "cpu" or not _probe():
         yield
         return
-    with _onednn_mode("bf16"):
+    with _FAST_MODE:
         yield
 
 
@@ -42,19 +44,49 @@ def _probe() -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 256, 256, generator=generator, dtype=torch.float64).float()
-    with _onednn_mode("bf16"):
+    with _FAST_MODE:
         product = a @ b
     exact = a.double() @ b.double()
     error = torch.linalg.norm(product - exact) / torch.linalg.norm(exact)
     return bool(error < _FLOAT32_ERROR)
 
 
-@contextmanager
-def _onednn_mode(mode: str) -> Iterator[None]:
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = mode
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+def wide(values: torch.Tensor) -> torch.Tensor:
+    """Float64 where the device has it, for small things that are summed.
+
+    Parameters
+    ----------
+    values : Tensor
+    """
+    return values if values.device.type == "mps" else values.double()
+
+
+def _matmul() -> Any:
+    """OneDNN's settings of matrix products, of which torch's types know nothing."""
+    return torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+
+
+class _FastMode:
+    """oneDNN's reduced-precision mode, on while any thread is inside."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = "none"
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._before = _matmul().fp32_precision
+                _matmul().fp32_precision = "bf16"
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                _matmul().fp32_precision = self._before
+
+
+#: The setting is the process's, so its keeper is too; it holds nothing but who is inside.
+_FAST_MODE = _FastMode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from skhead.weights.labels import head_labels
 from skhead.weights.live import register_model, unregister_model
 from skhead.weights.stacks import RoleStack, load_weights, read_role
 from skhead.weights.table import (
@@ -9,7 +10,6 @@ from skhead.weights.table import (
     SourceInfo,
     check_heads,
     describe_sources,
-    head_labels,
     load_heads,
 )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Iterator
 from dataclasses import replace
 
 from skhead.exceptions import ConfigMismatchError
@@ -17,6 +19,8 @@ from skhead.weights.layouts import (
 )
 
 __all__ = ["FAMILIES"]
+
+_MOST_USES_OF_SHARED_LAYERS = 10_000
 
 
 def _separate(template: str, *names: str) -> tuple[Projection, ...]:
@@ -84,19 +88,32 @@ def _choose_falcon_kv(config: Config) -> int | tuple[str, ...]:
     return 1 if config.get("multi_query", True) else ()
 
 
-def _albert_places(config: Config, n_layers: int) -> list[dict[str, int]]:
+def _albert_places(config: Config, n_layers: int, label: str) -> Iterator[dict[str, int]]:
     counts = {key: config.get(key, 1) for key in ("num_hidden_groups", "inner_group_num")}
     for key, value in counts.items():
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigMismatchError(
-                f"the configuration's {key}={value!r} is not a positive integer."
+                f"{label}: the configuration's {key}={reprlib.repr(value)} is not a positive "
+                "integer."
             )
     groups, inner = counts.values()
-    return [
+    if groups > n_layers:
+        raise ConfigMismatchError(
+            f"{label}: the configuration's num_hidden_groups={reprlib.repr(groups)} is more than "
+            f"its {n_layers} layers."
+        )
+    if n_layers * inner > _MOST_USES_OF_SHARED_LAYERS:
+        raise ConfigMismatchError(
+            f"{label}: the configuration's num_hidden_layers={n_layers} times "
+            f"inner_group_num={reprlib.repr(inner)} is more than the "
+            f"{_MOST_USES_OF_SHARED_LAYERS} uses of shared layers that skhead reads, and the "
+            "tensors cannot tell whether it is true. Correct config.json."
+        )
+    return (
         {"g": int(layer / (n_layers / groups)), "i": step}
         for layer in range(n_layers)
         for step in range(inner)
-    ]
+    )
 
 
 _GPT_LAYERS = ("n_layer", "num_hidden_layers")

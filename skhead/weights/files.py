@@ -157,14 +157,22 @@ def _open_index(path: Path) -> TensorReader:
 
     def fetch(shard: str) -> Path:
         file = path.parent / shard
-        if not file.is_file():
+        if not _is_file(file):
+            shown = shard if len(shard) <= 200 else f"{shard[:100]}... ({len(shard)} characters)"
             raise CheckpointError(
-                f"{label}: shard {shard} is missing; {path.name} places tensors in it. Download or "
+                f"{label}: shard {shown} is missing; {path.name} places tensors in it. Download or "
                 "save the checkpoint again."
             )
         return file
 
     return SafetensorsReader(label, fetch, shards)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file system takes
+        return False
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -210,7 +218,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not an object.")

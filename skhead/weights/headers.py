@@ -7,9 +7,10 @@ The format: eight bytes with the length of the header (little endian), the heade
 from __future__ import annotations
 
 import json
+import reprlib
 import struct
+from collections import Counter
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ _BITS = {
 }  # fmt: skip
 _MAX_HEADER = 100_000_000
 _METADATA = "__metadata__"
+_TOO_LARGE = 2**63
 
 
 @dataclass(frozen=True)
@@ -88,23 +90,58 @@ def _parse(raw: bytes, path: Path) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
             raise CheckpointError(f"{path}: the header holds the key {twice!r} twice.")
+        for text in (text for pair in pairs for text in pair if isinstance(text, str)):
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise CheckpointError(
+                    f"{path}: the header holds {reprlib.repr(text)}, which is no Unicode text."
+                )
         return table
 
+    def refuse(constant: str) -> Any:
+        raise CheckpointError(f"{path}: the header is not JSON (it holds {constant}).")
+
     try:
-        header = json.loads(raw, object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        header = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=refuse)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the header is not JSON ({error}).") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the header is a {type(header).__name__}, not an object.")
-    header.pop(_METADATA, None)
+    _check_metadata(header.pop(_METADATA, None), path)
     return header
 
 
+def _check_metadata(metadata: Any, path: Path) -> None:
+    if metadata is None:
+        return
+    if not isinstance(metadata, dict):
+        raise CheckpointError(
+            f"{path}: the header's {_METADATA} is a {type(metadata).__name__}, not a mapping of "
+            "text to text. Download or save it again."
+        )
+    for key, value in metadata.items():
+        if not isinstance(value, str):
+            raise CheckpointError(
+                f"{path}: the header's {_METADATA} holds {reprlib.repr(value)} under {key!r}, and "
+                "only text is allowed there. Download or save it again."
+            )
+
+
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _TOO_LARGE
+
+
+def _count_bits(shape: list[int], dtype: str) -> int | None:
+    """Return the size of a tensor, None if it is beyond what can be counted in 64 bits."""
+    bits = _BITS[dtype]
+    for size in shape:
+        bits *= size
+        if bits >= 8 * _TOO_LARGE:
+            return None
+    return bits
 
 
 def _info(name: str, entry: Any, path: Path) -> TensorInfo:
@@ -114,21 +151,28 @@ def _info(name: str, entry: Any, path: Path) -> TensorInfo:
         )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise CheckpointError(f"{path}: tensor {name!r} has the unknown dtype {dtype!r}.")
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has the unknown dtype {reprlib.repr(dtype)}."
+        )
     if not isinstance(shape, list) or not all(map(_is_count, shape)):
-        raise CheckpointError(f"{path}: tensor {name!r} has the impossible shape {shape!r}.")
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has the impossible shape {reprlib.repr(shape)}."
+        )
     if (
         not isinstance(offsets, list)
         or len(offsets) != 2
         or not all(map(_is_count, offsets))
         or offsets[0] > offsets[1]
     ):
-        raise CheckpointError(f"{path}: tensor {name!r} has impossible offsets {offsets!r}.")
-    claimed = prod(shape) * _BITS[dtype]
-    if claimed != 8 * (offsets[1] - offsets[0]):
         raise CheckpointError(
-            f"{path}: the header lies about tensor {name!r}: shape {tuple(shape)} of {dtype} "
-            f"takes {claimed / 8:g} bytes, its offsets hold {offsets[1] - offsets[0]}."
+            f"{path}: tensor {name!r} has impossible offsets {reprlib.repr(offsets)}."
+        )
+    claimed = _count_bits(shape, dtype)
+    if claimed != 8 * (offsets[1] - offsets[0]):
+        words = "2**63 bytes or more" if claimed is None else f"{claimed / 8:g} bytes"
+        raise CheckpointError(
+            f"{path}: the header lies about tensor {name!r}: shape {reprlib.repr(tuple(shape))} of "
+            f"{dtype} takes {words}, its offsets hold {offsets[1] - offsets[0]}."
         )
     return TensorInfo(dtype, tuple(shape), str(path))
 

@@ -8,7 +8,7 @@ the matrices out of the stored tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -107,8 +107,8 @@ class Part:
     name: str | None = None
 
 
-def _one_place_per_layer(_config: Config, n_layers: int) -> list[dict[str, int]]:
-    return [{"i": layer} for layer in range(n_layers)]
+def _one_place_per_layer(_config: Config, n_layers: int, _label: str) -> Iterator[dict[str, int]]:
+    return ({"i": layer} for layer in range(n_layers))
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,8 @@ class Family:
     nested : str or None
         Key of the inner configuration that describes the language model.
     places : callable
-        ``(config, n_layers) -> list of template fields``, one per layer in the order of use.
+        ``(config, n_layers, label) -> template fields``, one per layer in the order of use, made
+        one by one: the configuration's count is not yet checked. `label` is what errors name.
     adapt : callable or None
         ``(config, part) -> part``: what depends on switches in the configuration.
     choose_kv : callable or None
@@ -148,7 +149,7 @@ class Family:
     d_head: tuple[str, ...] = ()
     defaults: Mapping[str, int | str] = field(default_factory=dict)
     nested: str | None = None
-    places: Callable[[Config, int], list[dict[str, int]]] = _one_place_per_layer
+    places: Callable[[Config, int, str], Iterable[dict[str, int]]] = _one_place_per_layer
     adapt: Callable[[Config, Part], Part] | None = None
     choose_kv: Callable[[Config], int | tuple[str, ...]] | None = None
 
@@ -187,11 +188,15 @@ class NormFacts:
     placement : {"pre", "post", "pre+post", "none"}
     unfoldable : str or None
         Why no gain can be folded into the heads, as the end of a sentence about the model.
+    known : bool
+        False where the tensors tell nothing of a norm, so that ``"none"`` may mean a norm whose
+        gain is not stored.
     """
 
     kind: NormKind = "none"
     placement: Placement = "none"
     unfoldable: str | None = None
+    known: bool = True
 
 
 STREAM_NORMALISED = (

@@ -25,9 +25,9 @@ __all__ = ["LENS_FAMILY", "has_lens_names", "plan_lens_model"]
 
 LENS_FAMILY = "transformer_lens"
 
-_MATRIX = re.compile(r"blocks\.(\d+)\.attn\.(_?)W_([QKVO])")
-_ATTENTION = re.compile(r"blocks\.(\d+)\.attn\.")
-_BLOCK = re.compile(r"blocks\.(\d+)\.")
+_MATRIX = re.compile(r"blocks\.(\d{1,18})\.attn\.(_?)W_([QKVO])")
+_ATTENTION = re.compile(r"blocks\.(\d{1,18})\.attn\.")
+_BLOCK = re.compile(r"blocks\.(\d{1,18})\.")
 _GAINS_BEFORE = re.compile(r"blocks\.\d+\.ln1\.w")
 _GAINS_AFTER = re.compile(r"blocks\.\d+\.ln1_post\.w")
 _STREAM_NORM = "embed.ln.w"
@@ -69,13 +69,13 @@ def plan_lens_model(reader: TensorReader, norm: NormFacts | None = None) -> Mode
             layer = tensors[int(attention[1])]
             if matrix := _MATRIX.fullmatch(name):
                 layer.setdefault(matrix[3], name)
-    blocks = sorted({int(match[1]) for name in names if (match := _BLOCK.match(name))})
-    n_layers = blocks[-1] + 1
+    blocks = {int(match[1]) for name in names if (match := _BLOCK.match(name))}
+    n_layers = max(blocks) + 1
     gap = next((block for block in range(n_layers) if block not in blocks), None)
     if gap is not None:
         raise CheckpointError(
             f"{reader.label}: block {gap} is missing: there is no tensor 'blocks.{gap}...', and "
-            f"blocks go up to {blocks[-1]}."
+            f"blocks go up to {n_layers - 1}."
         )
     layers = tuple(_plan_layer(layer, tensors[layer], reader) for layer in sorted(tensors))
     d_model, d_head = _common_sizes(layers, reader)
@@ -152,7 +152,7 @@ def _norm(reader: TensorReader) -> NormFacts:
         return NormFacts("layernorm", "post", STREAM_NORMALISED)
     before, after = _matching(_GAINS_BEFORE, names), _matching(_GAINS_AFTER, names)
     if not before and not after:
-        return NormFacts()
+        return NormFacts(known=False)
     example = (before or after)[0]
     kind: NormKind = "layernorm" if example.removesuffix("w") + "b" in names else "rmsnorm"
     placement: Placement = "pre+post" if before and after else "pre" if before else "post"

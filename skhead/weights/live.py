@@ -18,6 +18,7 @@ from skhead.weights.readers import MappingReader
 __all__ = ["is_registered", "open_live", "register_model", "unregister_model"]
 
 _MODELS: dict[str, Any] = {}
+_COMPILED = "_orig_mod"  # where torch.compile keeps the module that it wraps
 
 
 def register_model(module: torch.nn.Module | Mapping[str, torch.Tensor], name: str) -> str:
@@ -30,7 +31,8 @@ def register_model(module: torch.nn.Module | Mapping[str, torch.Tensor], name: s
     ----------
     module : torch.nn.Module or mapping of str to torch.Tensor
         A Hugging Face model, a TransformerLens bridge, or tensors under TransformerLens names:
-        ``blocks.0.attn.W_Q`` of shape (heads, d_model, d_head) and the like.
+        ``blocks.0.attn.W_Q`` of shape (heads, d_model, d_head) and the like. A module that went
+        through ``torch.compile`` is read like the module before.
     name : str
         A name in use is given to the new module.
 
@@ -45,6 +47,12 @@ def register_model(module: torch.nn.Module | Mapping[str, torch.Tensor], name: s
         If the name is empty, ends like a part of an address, or belongs to a bundled model.
     UnsupportedLayoutError
         If the module tells neither a configuration nor TransformerLens' names.
+
+    Notes
+    -----
+    A heads table names the model, and does not hold its weights. A scikit-learn pipeline with
+    ``memory=`` keeps results under the table's content, and so does any cache made with joblib:
+    after the model was trained further, or its name given to another, clear that cache.
 
     Examples
     --------
@@ -106,31 +114,55 @@ def open_live(name: str) -> Checkpoint:
 def _open(module: Any, name: str) -> Checkpoint:
     label = f"live model {name!r}"
     if isinstance(module, Mapping):
-        return Checkpoint(name, MappingReader(label, _lens_tensors(module, label)), config=None)
+        tensors = _uncompiled_names(_named_tensors(module, label), label)
+        return Checkpoint(name, MappingReader(label, _lens_tensors(tensors, label)), config=None)
     if not isinstance(module, torch.nn.Module):
         raise UnsupportedLayoutError(
             f"{label}: a {type(module).__name__} is neither a torch module nor a mapping of names "
             "to tensors."
         )
+    module = getattr(module, _COMPILED, module)
     if bridges.is_bridge(module):
-        tensors = bridges.BridgeTensors(module, label)
-        reader = MappingReader(label, tensors)
+        reader = MappingReader(label, bridges.BridgeTensors(module, label))
         return Checkpoint(name, reader, config=None, norm=bridges.norm_of(module))
     config: Any = getattr(module, "config", None)
     if hasattr(config, "to_dict"):
-        return Checkpoint(name, MappingReader(label, module.state_dict()), config.to_dict())
+        tensors = _uncompiled_names(module.state_dict(), label)
+        return Checkpoint(name, MappingReader(label, tensors), config.to_dict())
     raise UnsupportedLayoutError(
         f"{label}: a {type(module).__name__} has no Hugging Face config and is no TransformerLens "
         "bridge. Pass a mapping of tensors named like blocks.0.attn.W_Q (heads, d_model, d_head)."
     )
 
 
-def _lens_tensors(tensors: Mapping[str, torch.Tensor], label: str) -> Mapping[str, torch.Tensor]:
+def _named_tensors(tensors: Mapping[Any, Any], label: str) -> Mapping[str, torch.Tensor]:
     for key, value in tensors.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise UnsupportedLayoutError(
                 f"{label}: entry {key!r} is a {type(value).__name__}, not a tensor under a name."
             )
+    return tensors
+
+
+def _uncompiled_names(
+    tensors: Mapping[str, torch.Tensor], label: str
+) -> Mapping[str, torch.Tensor]:
+    """Return the tensors under the names that they have without ``torch.compile``."""
+    if not any(_COMPILED in name.split(".") for name in tensors):
+        return tensors
+    renamed: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        plain = ".".join(piece for piece in name.split(".") if piece != _COMPILED)
+        if plain in renamed:
+            raise UnsupportedLayoutError(
+                f"{label}: two tensors have the name {plain!r} once the prefix '{_COMPILED}.' of "
+                "torch.compile is taken off. Register the module before it was compiled."
+            )
+        renamed[plain] = tensor
+    return renamed
+
+
+def _lens_tensors(tensors: Mapping[str, torch.Tensor], label: str) -> Mapping[str, torch.Tensor]:
     if not has_lens_names(tensors):
         raise UnsupportedLayoutError(
             f"{label}: the mapping does not have TransformerLens names (blocks.0.attn.W_Q). Seen: "

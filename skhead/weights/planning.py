@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Collection, Iterable
 
 from skhead.exceptions import CheckpointError, ConfigMismatchError, UnsupportedLayoutError
@@ -24,6 +25,7 @@ from skhead.weights.readers import TensorReader, torch_dtype
 __all__ = ["check_tensors", "choose_part", "family_of", "plan_model"]
 
 _FIELD = re.compile(r"\\\{(\w)\\\}")
+_TOO_LARGE = 2**63
 
 
 def family_of(config: Config, reader: TensorReader) -> Family:
@@ -100,9 +102,11 @@ class _Dimensions:
             defaults = {key: self._default(key) for key in keys if key in self._family.defaults}
             given = {key: value for key, value in defaults.items() if value is not None}
         for key, value in given.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not whole or not 1 <= value < _TOO_LARGE:
                 raise ConfigMismatchError(
-                    f"{self._label}: the configuration's {key}={value!r} is not a positive integer."
+                    f"{self._label}: the configuration's {key}={reprlib.repr(value)} is not a "
+                    "positive integer below 2**63."
                 )
         if len(set(given.values())) > 1:
             words = ", ".join(f"{key}={value}" for key, value in given.items())
@@ -167,9 +171,9 @@ def plan_model(config: Config, reader: TensorReader, part: str | None = None) ->
     if family.adapt is not None:
         chosen = family.adapt(config, chosen)
     sizes = _Dimensions(config, family, chosen, reader.label)
-    places = family.places(config, sizes.n_layers)
+    wanted = family.places(config, sizes.n_layers, reader.label)
     prefix = _find_prefix(family, chosen, reader)
-    _check_layers(prefix, chosen, places, reader, sizes)
+    places = _check_layers(prefix, chosen, wanted, reader, sizes)
     layers = tuple(
         _plan_layer(index, place, prefix, chosen, sizes) for index, place in enumerate(places)
     )
@@ -210,7 +214,7 @@ def _plan_layer(
 
 def _pattern(prefix: str, projection: Projection) -> re.Pattern[str]:
     template = re.escape(prefix + projection.tensor)
-    return re.compile(_FIELD.sub(r"(?P<\1>\\d+)", template))
+    return re.compile(_FIELD.sub(r"(?P<\1>\\d{1,18})", template))
 
 
 def _layers_found(
@@ -247,25 +251,40 @@ def _find_prefix(family: Family, part: Part, reader: TensorReader) -> str:
 def _check_layers(
     prefix: str,
     part: Part,
-    places: list[dict[str, int]],
+    wanted: Iterable[dict[str, int]],
     reader: TensorReader,
     sizes: _Dimensions,
-) -> None:
+) -> list[dict[str, int]]:
+    """Return the places that are wanted, after as many steps as tensors allow, not as stated."""
     found = _layers_found(prefix, part, reader.names())
-    wanted = {tuple(sorted(place.items())) for place in places}
-    beyond = sorted(set(found) - wanted)
+    places = []
+    for index, place in enumerate(wanted):
+        key = tuple(sorted(place.items()))
+        if key not in found:
+            projection = part.projections[0]
+            first = prefix + projection.tensor.format(**place)
+            if key < max(found):
+                raise _missing(reader, index, projection.roles[0], first)
+            raise ConfigMismatchError(
+                f"{reader.label}: the configuration says {sizes.layers_key}={sizes.n_layers}, and "
+                f"the file holds {len(found)} attention layers; tensor {first!r} is the first one "
+                "missing."
+            )
+        places.append(place)
+    beyond = sorted(set(found) - {tuple(sorted(place.items())) for place in places})
     if beyond:
         raise ConfigMismatchError(
             f"{reader.label}: the configuration says {sizes.layers_key}={sizes.n_layers}, and the "
             f"file holds attention beyond that: tensor {found[beyond[0]]!r}."
         )
-    missing = sorted(wanted - set(found))
-    if missing and missing[0] > max(found):
-        first = prefix + part.projections[0].tensor.format(**dict(missing[0]))
-        raise ConfigMismatchError(
-            f"{reader.label}: the configuration says {sizes.layers_key}={sizes.n_layers}, and the "
-            f"file holds {len(found)} attention layers; tensor {first!r} is the first one missing."
-        )
+    return places
+
+
+def _missing(reader: TensorReader, layer: int, role: str, tensor: str) -> CheckpointError:
+    return CheckpointError(
+        f"{reader.label}: L{layer} W_{role} is missing: there is no tensor {tensor!r}. Download or "
+        "save the checkpoint again."
+    )
 
 
 def check_tensors(plan: ModelPlan, reader: TensorReader, stated: str) -> None:
@@ -287,10 +306,7 @@ def check_tensors(plan: ModelPlan, reader: TensorReader, stated: str) -> None:
                 continue
             seen.add(slot.tensor)
             if slot.tensor not in names:
-                raise CheckpointError(
-                    f"{reader.label}: L{layer.layer} W_{role} is missing: there is no tensor "
-                    f"{slot.tensor!r}. Download or save the checkpoint again."
-                )
+                raise _missing(reader, layer.layer, role, slot.tensor)
             info = reader.info(slot.tensor)
             torch_dtype(info, repr(slot.tensor))
             if info.shape != slot.shape:

@@ -10,7 +10,13 @@ from skhead.exceptions import CheckpointError, DegenerateHeadError, UnsupportedL
 from skhead.weights.layouts import LayerPlan, ModelPlan
 from skhead.weights.readers import TensorReader, torch_dtype
 
-__all__ = ["centre", "check_foldable", "fold", "warn_if_centring_changes_reading"]
+__all__ = [
+    "centre",
+    "check_foldable",
+    "fold",
+    "warn_if_centring_changes_reading",
+    "warn_if_gains_are_unknown",
+]
 
 
 def check_foldable(plan: ModelPlan, label: str) -> None:
@@ -24,6 +30,19 @@ def check_foldable(plan: ModelPlan, label: str) -> None:
         raise UnsupportedLayoutError(
             f"fold_norm=True: {label} ({plan.family}) {plan.norm.unfoldable}. Use fold_norm=False."
         )
+
+
+def warn_if_gains_are_unknown(plan: ModelPlan, label: str) -> None:
+    """Warn where nothing is folded because no gain is stored, and the model may well have some."""
+    if plan.norm.known:
+        return
+    warnings.warn(
+        f"fold_norm=True: {label} ({plan.family}) holds no norm gains (blocks.0.ln1.w and the "
+        "like), so nothing was folded. That is right if the model has no norms, or if its gains "
+        "were folded before it was saved; else add the gains to the file.",
+        UserWarning,
+        stacklevel=5,
+    )
 
 
 def warn_if_centring_changes_reading(plan: ModelPlan, label: str) -> None:

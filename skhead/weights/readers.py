@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from skhead.exceptions import CheckpointError, UnsafeCheckpointError, UnsupportedLayoutError
 from skhead.weights.headers import TensorInfo, read_header
@@ -23,6 +23,7 @@ _TORCH_DTYPES = {
     "F64": torch.float64,
 }
 _META = "META"
+_NOT_DENSE = "layout "
 _NAMES = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
 
 
@@ -59,13 +60,18 @@ def torch_dtype(info: TensorInfo, what: str) -> torch.dtype:
     Raises
     ------
     UnsupportedLayoutError
-        If the storage is quantised (integers, or floats of eight bits or fewer), or there is none
-        because a live tensor is on the meta device.
+        If the storage is quantised (integers, or floats of eight bits or fewer) or sparse, or
+        there is none because a live tensor is on the meta device.
     """
     if info.dtype == _META:
         raise UnsupportedLayoutError(
             f"{info.file}: tensor {what} is on the meta device, which holds no values. Load the "
             "model's weights before it is read."
+        )
+    if info.dtype.startswith(_NOT_DENSE):
+        raise UnsupportedLayoutError(
+            f"{info.file}: tensor {what} is stored in the {info.dtype}, not as a dense array. "
+            "Convert it with its method to_dense(), and save or register the result."
         )
     if info.dtype not in _TORCH_DTYPES:
         raise UnsupportedLayoutError(
@@ -117,10 +123,17 @@ class SafetensorsReader:
     def tensor(self, name: str) -> torch.Tensor:
         """Return a tensor over the memory map of its shard."""
         shard = self._shard_of[name]
-        self.info(name)
-        if shard not in self._files:
-            self._files[shard] = safe_open(self._fetch(shard), framework="pt", device="cpu")
-        return self._files[shard].get_tensor(name)
+        file = self.info(name).file
+        try:
+            if shard not in self._files:
+                self._files[shard] = safe_open(self._fetch(shard), framework="pt", device="cpu")
+            tensor: torch.Tensor = self._files[shard].get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{file}: safetensors cannot read tensor {name!r} ({error}). Download or save the "
+                "file again."
+            ) from error
+        return tensor
 
     def _header(self, shard: str) -> dict[str, TensorInfo]:
         if shard not in self._headers:
@@ -142,7 +155,11 @@ class MappingReader:
     def info(self, name: str) -> TensorInfo:
         """Return dtype, shape and holder of a tensor."""
         tensor = self._tensors[name]
-        dtype = _META if tensor.is_meta else _NAMES.get(tensor.dtype, str(tensor.dtype))
+        dtype = _NAMES.get(tensor.dtype, str(tensor.dtype))
+        if tensor.is_meta:
+            dtype = _META
+        elif tensor.layout is not torch.strided:
+            dtype = f"{_NOT_DENSE}{tensor.layout}"
         return TensorInfo(dtype, tuple(tensor.shape), self.label)
 
     def tensor(self, name: str) -> torch.Tensor:

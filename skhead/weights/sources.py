@@ -7,24 +7,51 @@ import re
 from pathlib import Path
 
 from skhead import datasets
-from skhead.exceptions import SourceNotFoundError
+from skhead.exceptions import HeadTableError, SourceNotFoundError
 from skhead.weights import live
 from skhead.weights.files import Checkpoint, open_path
 from skhead.weights.hub import open_repository
 from skhead.weights.layouts import PART_NAMES
 
-__all__ = ["locate", "reopen", "split_address"]
+__all__ = ["cut_part", "locate", "reopen", "split_address", "split_source"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 _PINNED = re.compile(r"(?P<repo>[^@]+)@(?P<commit>[0-9a-f]{40})")
 
 
+def cut_part(text: str) -> tuple[str, str | None]:
+    """Split ``"ADDRESS#decoder"`` by its letters alone, whatever exists."""
+    head, mark, tail = text.rpartition("#")
+    return (head, tail) if mark and tail in PART_NAMES else (text, None)
+
+
 def split_address(address: str) -> tuple[str, str | None]:
-    """Split ``"ADDRESS#decoder"`` into the address and the part; a path may itself end so."""
-    head, mark, tail = address.rpartition("#")
-    if not mark or tail not in PART_NAMES or Path(address).exists():
-        return address, None
-    return head, tail
+    """Split an address of a heads table into that of the checkpoint and the part.
+
+    Raises
+    ------
+    HeadTableError
+        If it may be a path that itself ends like a part, as well as a part of another path.
+    """
+    return _split(address, Path(address) if Path(address).is_absolute() else None)
+
+
+def split_source(source: str) -> tuple[str, str | None]:
+    """Split what the user names, as :func:`split_address`; it may be a relative path."""
+    return _split(source, _absolute(source))
+
+
+def _split(text: str, path: Path | None) -> tuple[str, str | None]:
+    head, part = cut_part(text)
+    if part is None or path is None or _is_named(head) or not _exists(path):
+        return head, part
+    whole = path.with_name(cut_part(path.name)[0])
+    if _exists(whole):
+        raise HeadTableError(
+            f"{text!r} is ambiguous: {path} exists, and so does {whole}, whose {part} has the same "
+            "address. Rename one of them."
+        )
+    return text, None
 
 
 def locate(source: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
@@ -55,8 +82,8 @@ def locate(source: str | os.PathLike[str], revision: str | None = None) -> Check
     if not text:
         raise SourceNotFoundError("source is empty: give a directory, a hub id or a name.")
     found = _find_named(text) if isinstance(source, str) else None
-    path = Path(os.path.normpath(Path(text).expanduser().absolute()))
-    if found is None and path.exists():
+    path = _absolute(text)
+    if found is None and _exists(path):
         found = open_path(path)
     if found is not None:
         if revision is not None:
@@ -89,7 +116,7 @@ def reopen(address: str) -> Checkpoint:
         return found
     path = Path(address)
     if path.is_absolute():
-        if path.exists():
+        if _exists(path):
             return open_path(path)
         raise SourceNotFoundError(
             f"the heads table reads from {address}, which does not exist any more (or not on this "
@@ -105,9 +132,25 @@ def reopen(address: str) -> Checkpoint:
     )
 
 
+def _is_named(name: str) -> bool:
+    """Return whether a live or a bundled model has that name."""
+    return live.is_registered(name) or name in datasets.list_models()
+
+
+def _absolute(text: str) -> Path:
+    return Path(os.path.normpath(Path(text).expanduser().absolute()))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that no file system takes
+        return False
+
+
 def _find_named(name: str) -> Checkpoint | None:
     if live.is_registered(name):
         return live.open_live(name)
-    if not Path(name).is_absolute() and name in datasets.list_models():
+    if _is_named(name):
         return open_path(Path(datasets.bundled_path(name)), address=name)
     return None

@@ -30,14 +30,14 @@ class RoleStack:
         float32. K and V of grouped queries and shared layers are here once.
     index : numpy.ndarray of shape (n_heads,)
         int64, row of the table to place in `tensor`.
-    eps : float
-        Relative rounding error of the stored numbers: the machine epsilon of the coarsest dtype
-        that was read, at least that of float32.
+    eps : numpy.ndarray of shape (n_unique,)
+        float64, relative rounding error of the stored numbers of each matrix: the machine epsilon
+        of the dtype in which its checkpoint holds it, at least that of float32.
     """
 
     tensor: torch.Tensor
     index: np.ndarray
-    eps: float
+    eps: np.ndarray
 
 
 def load_weights(
@@ -56,7 +56,8 @@ def load_weights(
     fold_norm : bool, default=False
         Multiply the gain of the norm beside the heads into them: for Q, K, V the norm in front,
         for O the norm between the head and the stream if there is one (Gemma 2 and 3, OLMo 2).
-        Norms on queries and keys within the head are not folded.
+        Norms on queries and keys within the head are not folded. Tensors under TransformerLens'
+        names without any gain stay as they are, with a warning.
     center : bool, default=False
         Subtract from each matrix its mean over the residual coordinates, after folding.
 
@@ -126,7 +127,7 @@ def read_role(
     index = np.empty(len(heads), dtype=np.int64)
     shape = (len(keys), int(heads["d_model"].iloc[0]), int(heads["d_head"].iloc[0]))
     tensor = torch.empty(shape, dtype=torch.float32, device=device)
-    eps = torch.finfo(torch.float32).eps
+    eps = np.empty(len(keys), dtype=np.float64)
     filled: set[_Key] = set()
     noted: set[str] = set()
     for job in jobs:
@@ -138,8 +139,8 @@ def read_role(
         if not fresh:
             continue
         first = keys[fresh[0]]
-        out = tensor[first : first + len(fresh)]
-        eps = max(eps, _read_layer(job, how, [key.number for key in fresh], out))
+        places = slice(first, first + len(fresh))
+        eps[places] = _read_layer(job, how, [key.number for key in fresh], tensor[places])
         filled.update(fresh)
     return RoleStack(tensor, index, eps)
 
@@ -233,12 +234,13 @@ def _check_rows(
 def _check_processing(job: _Job, how: _Processing) -> None:
     if how.fold_norm:
         processing.check_foldable(job.plan, job.source)
+        processing.warn_if_gains_are_unknown(job.plan, job.source)
     if how.center:
         processing.warn_if_centring_changes_reading(job.plan, job.source)
 
 
 def _read_layer(job: _Job, how: _Processing, numbers: list[int], out: torch.Tensor) -> float:
-    """Fill `out` with some matrices of a layer, and return the spacing of their stored format."""
+    """Fill `out` with some matrices of a layer, and return their stored rounding error."""
     reader: TensorReader = job.checkpoint.reader
     slot = job.layer.slots[how.role]
     info = reader.info(slot.tensor)
@@ -251,7 +253,7 @@ def _read_layer(job: _Job, how: _Processing, numbers: list[int], out: torch.Tens
         processing.fold(out, how.role, job.layer, job.plan, reader)
     if how.center:
         processing.centre(out)
-    return float(torch.finfo(dtype).eps)
+    return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
 
 
 def _check_finite(stack: torch.Tensor, job: _Job, role: str, numbers: list[int], file: str) -> None:

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import PurePath
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from skhead.exceptions import HeadShapeError, HeadTableError
 from skhead.weights.files import Checkpoint
+from skhead.weights.labels import prefixed_labels, short_names
 from skhead.weights.layouts import ModelPlan
 from skhead.weights.readers import torch_dtype
-from skhead.weights.sources import locate, reopen, split_address
+from skhead.weights.sources import locate, reopen, split_address, split_source
 
 __all__ = [
     "HEAD_COLUMNS",
     "SourceInfo",
     "check_heads",
     "describe_sources",
-    "head_labels",
     "load_heads",
 ]
 
@@ -76,7 +76,7 @@ class SourceInfo:
 
 
 def load_heads(
-    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     revision: str | None = None,
     part: str | None = None,
 ) -> pd.DataFrame:
@@ -120,6 +120,11 @@ def load_heads(
         If a file or tensor is missing, truncated, or its header contradicts itself.
     UnsafeCheckpointError
         If there are only pickled weights, or an index names files outside its directory.
+    HeadTableError
+        If the list is empty or names a source twice, or a part has the address of another path
+        that exists (``model`` and ``model#decoder`` side by side).
+    TypeError
+        If `source` is none of these types. A model in memory goes to :func:`register_model`.
     ValueError
         If `part` is missing for an encoder-decoder, or `part` or `revision` do not apply.
 
@@ -132,6 +137,10 @@ def load_heads(
     attention; a checkpoint in one file is downloaded whole. Environment variables of
     huggingface_hub (``HF_TOKEN``, ``HF_HUB_OFFLINE``, ``HF_HOME``) apply.
 
+    The table says where the weights are, not what they are. A scikit-learn pipeline with
+    ``memory=`` keeps results under the table's content, and so does any cache made with joblib:
+    after weights changed under the same path, clear that cache.
+
     Examples
     --------
     >>> import skhead
@@ -139,7 +148,7 @@ def load_heads(
     >>> heads.loc["L1H0", ["layer", "head", "n_layers"]].tolist()
     [1, 0, 2]
     """
-    sources = [source] if isinstance(source, str | os.PathLike) else list(source)
+    sources = _listed(source)
     if not sources:
         raise HeadTableError("load_heads: the list of sources is empty.")
     tables = [_table_of(entry, revision, part) for entry in sources]
@@ -149,8 +158,38 @@ def load_heads(
         if count > 1:
             raise HeadTableError(f"load_heads: {address} is named {count} times.")
     if len(tables) > 1:
-        table.index = pd.Index(_prefixed(table))
+        table.index = pd.Index(prefixed_labels(table))
     return table.copy()  # in one block per dtype, so that equal tables have equal joblib hashes
+
+
+def _listed(source: Any) -> list[str | os.PathLike[str]]:
+    if isinstance(source, str | os.PathLike):
+        return [source]
+    listable = isinstance(source, Iterable) and not isinstance(
+        source, bytes | bytearray | Mapping | torch.nn.Module | pd.DataFrame
+    )
+    sources = list(source) if listable else [source]
+    for entry in sources:
+        if not isinstance(entry, str | os.PathLike):
+            raise TypeError(
+                "load_heads: source must be a path, a name, or a list of these, got "
+                f"{'a list that holds ' if listable else ''}{type(entry).__name__}. "
+                + _advice(entry)
+            )
+    return sources
+
+
+def _advice(source: Any) -> str:
+    if isinstance(source, torch.nn.Module | Mapping):
+        return (
+            "Give a model in memory a name with skhead.register_model(model, name), and pass that "
+            "name."
+        )
+    if isinstance(source, pd.DataFrame):
+        return "A heads table goes to load_weights or to an estimator."
+    if isinstance(source, bytes | bytearray):
+        return "Decode it: os.fsdecode(source)."
+    return "Give for example the path of a directory that holds config.json and the weights."
 
 
 def _table_of(
@@ -158,13 +197,14 @@ def _table_of(
 ) -> pd.DataFrame:
     where: str | os.PathLike[str] = source
     if isinstance(source, str):
-        where, stated = split_address(source)
+        where, stated = split_source(source)
         if stated and part and stated != part:
             raise ValueError(f"load_heads: source {source!r} and part={part!r} disagree.")
         part = stated or part
     checkpoint = locate(where, revision)
     plan = checkpoint.plan(part)
     address = checkpoint.address if plan.part is None else f"{checkpoint.address}#{plan.part}"
+    split_address(address)
     rows = [
         (layer.layer, head, head // (layer.n_heads // layer.n_kv_heads))
         for layer in plan.layers
@@ -190,12 +230,13 @@ def check_heads(heads: pd.DataFrame, caller: str) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        The seven columns in order, integers as int64, with the index of `heads`.
+        The seven columns in order, integers as int64, with the index of `heads`, whose name is
+        dropped.
 
     Raises
     ------
     HeadTableError
-        If it is no table, is empty, lacks columns, or holds impossible values.
+        If it is no table, is empty, lacks or repeats columns, or holds impossible values.
     HeadShapeError
         If its rows have several ``d_model``.
     """
@@ -210,10 +251,17 @@ def check_heads(heads: pd.DataFrame, caller: str) -> pd.DataFrame:
             f"{caller}: the heads table lacks the column{'s' * (len(missing) > 1)} "
             f"{', '.join(missing)}. Make it with load_heads."
         )
+    repeated = [name for name in HEAD_COLUMNS if list(heads.columns).count(name) > 1]
+    if repeated:
+        raise HeadTableError(
+            f"{caller}: the heads table has several columns named {', '.join(repeated)}."
+        )
     if heads.empty:
         raise HeadTableError(f"{caller}: the heads table is empty: it has no rows.")
-    checked = pd.DataFrame(index=heads.index)
-    checked["source"] = _sources_column(heads, caller)
+    index = heads.index.copy()
+    index.names = [None] * index.nlevels
+    checked = pd.DataFrame(index=index)
+    checked["source"] = _sources_column(heads, caller).set_axis(index)
     for name in _INTEGER_COLUMNS:
         checked[name] = _integer_column(heads, name, caller)
     beyond = checked["layer"] >= checked["n_layers"]
@@ -254,69 +302,6 @@ def _integer_column(heads: pd.DataFrame, name: str, caller: str) -> np.ndarray:
     return numbers.astype(np.int64)
 
 
-def head_labels(heads: pd.DataFrame) -> list[str]:
-    """Return one unique label per row.
-
-    Parameters
-    ----------
-    heads : pandas.DataFrame
-
-    Returns
-    -------
-    list of str
-        The index where it is unique; else ``"NAME:L4H7"`` with the short name of the source; a
-        row that is there again gets its number of occurrence, ``"NAME:L4H7 (2)"``.
-    """
-    if heads.index.is_unique:
-        return [str(label) for label in heads.index]
-    labels = _prefixed(heads)
-    seen: Counter[str] = Counter()
-    unique = []
-    for label in labels:
-        seen[label] += 1
-        unique.append(label if seen[label] == 1 else f"{label} ({seen[label]})")
-    return unique
-
-
-def _prefixed(heads: pd.DataFrame) -> list[str]:
-    names = _short_names(heads["source"].unique())
-    rows = zip(heads["source"], heads["layer"], heads["head"], strict=True)
-    return [f"{names[source]}:L{layer}H{head}" for source, layer, head in rows]
-
-
-def _short_names(sources: Iterable[str]) -> dict[str, str]:
-    """Return for each source the fewest trailing parts of its path that tell it from the others."""
-    pieces = {source: _pieces(source) for source in sources}
-    lengths = dict.fromkeys(pieces, 1)
-    while True:
-        names = {source: "/".join(parts[-lengths[source] :]) for source, parts in pieces.items()}
-        counts = Counter(names.values())
-        unclear = [
-            source
-            for source, name in names.items()
-            if counts[name] > 1 and lengths[source] < len(pieces[source])
-        ]
-        if not unclear:
-            return names
-        for source in unclear:
-            lengths[source] += 1
-
-
-def _pieces(source: str) -> list[str]:
-    address, part = split_address(source)
-    commit = re.fullmatch(r"([^@]+)@[0-9a-f]{40}", address)
-    parts = list(PurePath(commit[1] if commit else address).parts)
-    last = PurePath(parts[-1])
-    if last.suffix in (".safetensors", ".bin", ".pt", ".pth"):
-        whole = last.stem in ("model", "pytorch_model") and len(parts) > 1
-        parts = parts[:-1] if whole else [*parts[:-1], last.stem]
-    if commit:
-        parts = [address, *parts]
-    if part:
-        parts[-1] += f"#{part}"
-    return parts
-
-
 def describe_sources(heads: pd.DataFrame) -> list[SourceInfo]:
     """Describe the sources of a heads table, in order of appearance.
 
@@ -336,7 +321,7 @@ def describe_sources(heads: pd.DataFrame) -> list[SourceInfo]:
         If a source is gone.
     """
     sources = list(check_heads(heads, "describe_sources")["source"].unique())
-    names = _short_names(sources)
+    names = short_names(sources)
     return [_describe(source, names[source]) for source in sources]
 
 

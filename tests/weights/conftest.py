@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+
+import skhead
 
 N_LAYERS, N_HEADS, N_KV, D_MODEL, D_HEAD = 3, 4, 2, 24, 8
 LLAMA_CONFIG = {
@@ -122,3 +124,18 @@ def edit_header() -> Callable[..., None]:
         path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
 
     return edit
+
+
+@pytest.fixture
+def live() -> Iterator[Callable[..., str]]:
+    """Register models, and forget them after the test."""
+    names: list[str] = []
+
+    def register(module: Any, name: str = "live-model") -> str:
+        skhead.register_model(module, name)
+        names.append(name)
+        return name
+
+    yield register
+    for name in dict.fromkeys(names):
+        skhead.unregister_model(name)

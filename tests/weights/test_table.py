@@ -78,19 +78,24 @@ def test_stored_dtype(dtype, name, eps, write_model, llama_tensors, llama_config
     heads = skhead.load_heads(write_model(stored, llama_config, name=name))
     stack = read_role(heads, "Q")
     assert stack.tensor.dtype == torch.float32
-    assert stack.eps == eps
+    assert stack.eps.dtype == np.float64
+    assert stack.eps.tolist() == [eps] * 12
     expected = stored["model.layers.0.self_attn.q_proj.weight"].float()[:8].T
     torch.testing.assert_close(stack.tensor[0], expected, rtol=0, atol=0)
     assert describe_sources(heads)[0].dtype == name
 
 
-def test_mixed_dtypes_report_the_coarsest(write_model, llama_tensors, llama_config):
+def test_mixed_dtypes_keep_their_own_rounding_error(write_model, llama_tensors, llama_config):
     key = "model.layers.1.self_attn.q_proj.weight"
     llama_tensors[key] = llama_tensors[key].to(torch.bfloat16)
     heads = skhead.load_heads(write_model(llama_tensors, llama_config))
     assert describe_sources(heads)[0].dtype == "bfloat16+float32"
-    assert read_role(heads, "Q").eps == torch.finfo(torch.bfloat16).eps
-    assert read_role(heads[heads["layer"] != 1], "Q").eps == torch.finfo(torch.float32).eps
+    coarse, fine = torch.finfo(torch.bfloat16).eps, torch.finfo(torch.float32).eps
+    stack = read_role(heads.iloc[::-1], "Q")
+    assert stack.eps.shape == (len(stack.tensor),)
+    assert stack.eps[stack.index].tolist() == [fine] * 4 + [coarse] * 4 + [fine] * 4
+    values = read_role(heads, "V")
+    assert values.eps.tolist() == [fine] * 6
 
 
 def test_folding_then_centring(heads, llama_tensors):
@@ -195,6 +200,26 @@ def test_check_returns_the_table(heads):
     assert checked.equals(heads[list(HEAD_COLUMNS)])
 
 
+@pytest.mark.parametrize("name", ["layer", "source", "anything"])
+def test_index_name_does_no_harm(name, heads):
+    column = heads[name] if name in heads else heads["head"]
+    named = heads.set_index(column.rename(name), drop=False)
+    checked = check_heads(named, "Test")
+    assert checked.index.name is None
+    assert checked.index.tolist() == column.tolist()
+    assert named.index.name == name
+    np.testing.assert_array_equal(skhead.load_weights(named), skhead.load_weights(heads))
+    assert len(set(head_labels(named))) == 12
+    assert describe_sources(named) == describe_sources(heads)
+
+
+def test_index_of_several_levels(heads):
+    named = heads.set_index(["source", "layer", "head"], drop=False)
+    assert list(check_heads(named, "Test").index.names) == [None] * 3
+    np.testing.assert_array_equal(skhead.load_weights(named), skhead.load_weights(heads))
+    assert len(set(head_labels(named))) == 12
+
+
 @pytest.mark.parametrize("dtype", [object, float, np.int32])
 def test_check_restores_integer_types(dtype, heads):
     integers = list(HEAD_COLUMNS[1:])
@@ -209,6 +234,7 @@ def test_check_restores_integer_types(dtype, heads):
         (lambda h: h.iloc[:0], r"Test: the heads table is empty"),
         (lambda h: h.drop(columns="layer"), r"Test: the heads table lacks the column layer\."),
         (lambda h: h[["source"]], r"lacks the columns layer, head, kv_head, n_layers, d_model, d_"),
+        (lambda h: h[[*HEAD_COLUMNS, "layer"]], r"Test: .* has several columns named layer\."),
         (lambda h: h.to_numpy(), r"Test: expected a heads table .*got ndarray"),
         (lambda h: h.assign(head=h["head"] + 0.5), r"row 'L0H0' .*head=.*0\.5.*an integer"),
         (lambda h: h.assign(layer=-1), r"row 'L0H0' .* layer=.*-1.*of at least 0"),
@@ -262,3 +288,26 @@ def test_labels(heads, write_model, llama_tensors, llama_config):
     repeated = head_labels(heads.iloc[[3, 3, 4, 3]])
     assert repeated == ["model:L0H3", "model:L0H3 (2)", "model:L1H0", "model:L0H3 (3)"]
     assert head_labels(heads.reset_index(drop=True))[:2] == ["0", "1"]
+
+
+def test_labels_that_are_equal_as_text(heads):
+    labels = head_labels(heads.iloc[:3].set_axis(pd.Index([1, "1", 2], dtype=object)))
+    assert labels == ["model:L0H0", "model:L0H1", "model:L0H2"]
+    repeated = heads.iloc[[0, 0, 1]].set_axis(pd.Index([1, "1", 2], dtype=object))
+    assert head_labels(repeated) == ["model:L0H0", "model:L0H0 (2)", "model:L0H1"]
+
+
+def test_names_of_a_directory_and_its_file(path):
+    both = skhead.load_heads([path, path / "model.safetensors"])
+    assert both.index.is_unique
+    assert both.index[0] == f"{path}:L0H0"
+    assert both.index[12] == f"{path}/model.safetensors:L0H0"
+    assert len({info.name for info in describe_sources(both)}) == 2
+
+
+def test_live_name_that_is_no_file_name(lens_tensors):
+    name = skhead.register_model(lens_tensors, ".")
+    try:
+        assert describe_sources(skhead.load_heads(name))[0].name == "."
+    finally:
+        skhead.unregister_model(name)
