@@ -9,11 +9,13 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "CompositionScore": "skhead.kernels",
+    "NullCalibrator": "skhead.calibration",
     "ProjectionKernel": "skhead.kernels",
     "Similarity": "skhead.containers",
     "SubspaceExtractor": "skhead.extraction",
     "Subspaces": "skhead.containers",
     "class_counts": "skhead.graph",
+    "head_permutation_test": "skhead.calibration",
     "hub_table": "skhead.graph",
     "identity_scores": "skhead.circuits",
     "informativeness": "skhead.calibration",

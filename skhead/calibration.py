@@ -2,14 +2,360 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils import Tags, TransformerTags
+from sklearn.utils.validation import (
+    _check_feature_names_in,
+    check_is_fitted,
+    check_non_negative,
+    validate_data,
+)
 
-from skhead.containers import Similarity
-from skhead.stats.divergence import gaussian_divergence
-from skhead.stats.haar import haar_moments
+from skhead._base import check_option, check_same_record
+from skhead._nulls import (
+    AnisotropicNull,
+    EmpiricalLaw,
+    GaussianNull,
+    HaarNull,
+    NullLaw,
+    SignflipNull,
+    plain_scores,
+)
+from skhead.containers import Calibration, Similarity
+from skhead.exceptions import HeadShapeError, ProvenanceMismatchError
+from skhead.stats import (
+    adjust_log_p,
+    edge_mean,
+    gaussian_divergence,
+    haar_moments,
+    head_average_precision,
+    in_class_nodes,
+    label_permutation_test,
+    permutation_test,
+    top_degrees,
+)
+from skhead.weights import head_labels
 
-__all__ = ["informativeness"]
+__all__ = ["NullCalibrator", "head_permutation_test", "informativeness"]
+
+NULLS = ("haar", "gaussian", "anisotropic", "signflip", "empirical")
+#: Of every output: its name as a unit, and the value that an undefined pair takes as a feature.
+OUTPUTS = {
+    "z": ("z", 0.0),
+    "log_p": ("log10_p", -1 / np.log(10)),
+    "q": ("q", 1.0),
+    "ratio": ("ratio", 1.0),
+    "excess": ("excess", 0.0),
+}
+#: How far rounding may carry a kernel beyond its range.
+_ROUNDING = 1e-3
+
+
+class NullCalibrator(TransformerMixin, BaseEstimator):
+    """Similarities in units of a null law: deviation, p-value, false discovery rate, effect size.
+
+    The law is learned from the training heads alone and applied to whatever is compared with them.
+
+    Parameters
+    ----------
+    null : {"haar", "gaussian", "anisotropic", "signflip", "empirical"}, default="haar"
+        - "haar": uniformly random subspaces of the measured ranks, by their exact law. Right for
+          untrained weights; trained heads share preferred directions, and nearly every pair differs
+          from this null in one direction or the other.
+        - "gaussian": a normal law with the same mean and variance, as published; tails too thin.
+        - "anisotropic": random subspaces that prefer the directions which the training heads
+        prefer,
+          an angular central Gaussian law fitted to their mean projectors. Right as an effect size:
+          more overlap than two heads have that merely live in the same directions.
+        - "signflip": every head keeps its energy on each of the training heads' preferred axes, and
+          how it combines them is random. Stricter; it depends on the axes, which heads without
+          common directions leave arbitrary.
+        - "empirical": the bulk of the model's other pairs, once every head's own level is taken
+        out.
+          Right for discovery: which pairs stand out. Takes any positive similarity.
+    output : {"z", "log_p", "q", "ratio", "excess"}, default="z"
+        What the values become: deviation in null standard deviations, log10 of the p-value, false
+        discovery rate at which the pair is called, score over expectation, score minus expectation.
+        All five are in the result's ``calibration`` whatever is chosen.
+    side : {"two", "upper", "lower"}, default="two"
+        Which deviations count as evidence.
+    groups : {None, "layer"}, default=None
+        For "anisotropic": one law for every role, or one for every role and layer.
+    fdr : {"bh", "by"}, default="bh"
+        Benjamini-Hochberg, or Benjamini-Yekutieli for any dependence. Each pair kind is a family of
+        its own; a symmetric kind counts each pair once.
+    tails : {"normal", "t"}, default="normal"
+        For "empirical": the law of the bulk. Its tails are heavy; what is called under "t" (4
+        degrees of freedom) too stands on firm ground.
+    shrinkage : float or None, default=None
+        For "anisotropic": how far the mean projectors are drawn towards isotropy, 0 to 1; None is
+        0, or 0.5 with groups, where a mean is taken over few heads.
+    d_model : int or None, default=None
+        For a plain array: dimension of the space. A `Similarity` knows its own.
+    rank : int, tuple of (int, int) or None, default=None
+        For a plain array: rank of all subspaces, or of rows and of columns.
+
+    Attributes
+    ----------
+    law_ : object
+        The fitted null law.
+    pairs_ : tuple of str
+        Pair kinds that were fitted.
+
+    Notes
+    -----
+    Of weights that were centred the dimension is ``d_model - 1``. A p-value far below 1e-6 is
+    nominal: no null holds that exactly.
+
+    References
+    ----------
+    .. [1] K. C. S. Pillai, Annals of Mathematical Statistics 26 (1955).
+    .. [2] Y. Chikuse, "Statistics on Special Manifolds", Springer (2003).
+    .. [3] Y. Benjamini and D. Yekutieli, Annals of Statistics 29 (2001).
+
+    Examples
+    --------
+    >>> import skhead
+    >>> heads = skhead.load_heads("skhead/induction-2l")
+    >>> similarity = skhead.ProjectionKernel(pairs=["OK"]).fit_transform(heads)
+    >>> calibrated = skhead.NullCalibrator(side="upper").fit_transform(similarity)
+    >>> frame = calibrated.to_frame()
+    >>> frame.loc[frame["q"] < 0.001, ["source", "target"]].values.tolist()[0]
+    ['L0H0', 'L1H1']
+    """
+
+    def __init__(
+        self,
+        null: str = "haar",
+        output: str = "z",
+        side: str = "two",
+        groups: str | None = None,
+        fdr: str = "bh",
+        tails: str = "normal",
+        shrinkage: float | None = None,
+        d_model: int | None = None,
+        rank: int | tuple[int, int] | None = None,
+    ) -> None:
+        self.null = null
+        self.output = output
+        self.side = side
+        self.groups = groups
+        self.fdr = fdr
+        self.tails = tails
+        self.shrinkage = shrinkage
+        self.d_model = d_model
+        self.rank = rank
+
+    def fit(self, X: Any, y: Any = None) -> NullCalibrator:
+        """Learn the null law from the training heads.
+
+        Parameters
+        ----------
+        X : Similarity, or array of shape (n_rows, n_columns)
+            Projection kernels; an array needs `d_model` and `rank`.
+        y : ignored
+
+        Returns
+        -------
+        self
+        """
+        similarity = self._open(X, reset=True)
+        self.law_ = self._make_law()
+        self.law_.fit(similarity)
+        self.pairs_ = similarity.pairs
+        self._columns, self._record = similarity.columns, dict(similarity.record)
+        return self
+
+    def transform(self, X: Any) -> Any:
+        """Hold similarities to the fitted columns against the law.
+
+        Parameters
+        ----------
+        X : Similarity, or array of shape (n_rows, n_columns)
+            As for `fit`, against the same reference heads.
+
+        Returns
+        -------
+        Similarity, or ndarray of shape (n_rows, n_columns)
+            The same kind as X; a Similarity carries every output in ``calibration``.
+        """
+        check_is_fitted(self)
+        similarity = self._open(X, reset=False)
+        self._check_reference(similarity)
+        calibration = self._calibrate(similarity)
+        unit, undefined = OUTPUTS[self.output]
+        values = getattr(calibration, unit).astype(np.float32)
+        if not isinstance(X, Similarity):
+            return values[:, :, 0]
+        return replace(
+            similarity,
+            values=values,
+            unit=unit,
+            null_mean=np.full((1, 1, 1), undefined),
+            null_sd=np.full((1, 1, 1), 1.0 if unit == "z" else np.nan),
+            calibration=calibration,
+        )
+
+    def get_feature_names_out(self, input_features: Any = None) -> NDArray[np.object_]:
+        """Names of the features, those of the similarities.
+
+        Parameters
+        ----------
+        input_features : array-like of str or None, default=None
+            Names of the columns of a plain array.
+
+        Returns
+        -------
+        ndarray of str
+        """
+        check_is_fitted(self)
+        if hasattr(self, "n_features_in_"):
+            return np.asarray(_check_feature_names_in(self, input_features), dtype=object)
+        labels = head_labels(self._columns)
+        return np.asarray([f"{p}:{label}" for p in self.pairs_ for label in labels], dtype=object)
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.positive_only = True
+        tags.transformer_tags = TransformerTags(preserves_dtype=["float32"])
+        return tags
+
+    def _make_law(self) -> NullLaw:
+        by_layer = self.groups == "layer"
+        shrinkage = (0.5 if by_layer else 0.0) if self.shrinkage is None else self.shrinkage
+        if not 0 <= shrinkage <= 1:
+            raise ValueError(
+                f"NullCalibrator: shrinkage must lie between 0 and 1, got {shrinkage!r}"
+            )
+        laws: dict[str, Callable[[], NullLaw]] = {
+            "haar": HaarNull,
+            "gaussian": GaussianNull,
+            "anisotropic": lambda: AnisotropicNull(by_layer, shrinkage),
+            "signflip": SignflipNull,
+            "empirical": lambda: EmpiricalLaw(self.tails),
+        }
+        return laws[self.null]()
+
+    def _open(self, X: Any, reset: bool) -> Similarity:
+        for name, options in (
+            ("null", NULLS),
+            ("output", tuple(OUTPUTS)),
+            ("side", ("two", "upper", "lower")),
+            ("groups", (None, "layer")),
+            ("fdr", ("bh", "by")),
+            ("tails", ("normal", "t")),
+        ):
+            check_option(name, getattr(self, name), options, type(self).__name__)
+        if not isinstance(X, Similarity):
+            array = validate_data(self, X, reset=reset, dtype=[np.float64, np.float32])
+            check_non_negative(array, f"{type(self).__name__}: a kernel is a sum of squares")
+            X = self._similarity_of(array)
+        composition = X.unit.startswith("composition") and not X.unit.endswith("difference")
+        if not (X.unit.startswith("pk") or (composition and self.null == "empirical")):
+            raise ValueError(
+                f"NullCalibrator: null={self.null!r} is a law of the projection kernel, and these "
+                f"are values of unit {X.unit!r}; calibrate the output of ProjectionKernel"
+            )
+        if X.unit.startswith("pk"):
+            for p in range(len(X.pairs)):
+                self._check_range(X, p)
+        return X
+
+    def _similarity_of(self, array: NDArray[np.floating]) -> Similarity:
+        """A plain array as similarities between heads without names."""
+        if self.d_model is None or self.rank is None:
+            raise ValueError(
+                "NullCalibrator: a plain array says neither in which dimension nor of which ranks "
+                "its subspaces are; give d_model= and rank=, or pass a Similarity"
+            )
+        pair = tuple(self.rank) if isinstance(self.rank, tuple | list) else (self.rank,) * 2
+        if len(pair) != 2 or not all(1 <= r <= self.d_model for r in pair):
+            raise ValueError(
+                f"NullCalibrator: rank={self.rank!r} must be one or two integers between 1 and "
+                f"d_model={self.d_model}"
+            )
+        row_ranks, column_ranks = (
+            np.full((n, 1), r, dtype=np.int64) for n, r in zip(array.shape, pair, strict=True)
+        )
+        unknown = np.full((1, 1, 1), np.nan)
+        return Similarity(
+            values=np.asarray(array)[:, :, None],
+            pairs=("XX",),
+            rows=_nameless(array.shape[0]),
+            columns=_nameless(array.shape[1]),
+            unit="pk",
+            record={},
+            d_model=int(self.d_model),
+            row_ranks=row_ranks,
+            column_ranks=column_ranks,
+            null_mean=unknown,
+            null_sd=unknown,
+        )
+
+    def _check_reference(self, similarity: Similarity) -> None:
+        name = type(self).__name__
+        check_same_record(self._record, similarity.record, name)
+        if similarity.pairs != self.pairs_ or not similarity.columns.equals(self._columns):
+            raise ProvenanceMismatchError(
+                f"{name}: was fitted on pairs {' '.join(self.pairs_)} against "
+                f"{len(self._columns)} reference heads, and these similarities are of pairs "
+                f"{' '.join(similarity.pairs)} against {len(similarity.columns)} others; calibrate "
+                "what the same fitted kernel gives"
+            )
+
+    def _calibrate(self, similarity: Similarity) -> Calibration:
+        shape = similarity.values.shape
+        parts = {name: np.full(shape, np.nan) for name in ("score", "z", "log_p", "q", "mean")}
+        for p, pair in enumerate(similarity.pairs):
+            scores = plain_scores(similarity, p)
+            judged = self.law_.judge(similarity, p, scores, self.side)
+            counted = ~np.isnan(similarity.listed(pair))
+            log_q = adjust_log_p(np.where(counted, judged.log_p, np.nan), self.fdr)
+            q = np.exp(similarity.fill_mirrored(pair, log_q))
+            found = {"score": scores, "z": judged.z, "log_p": judged.log_p, "mean": judged.mean}
+            for name, values in (found | {"q": q}).items():
+                parts[name][:, :, p] = np.where(np.isnan(scores), np.nan, values)
+        return Calibration(
+            null=self.null,
+            side=self.side,
+            score=similarity.values.astype(np.float32),
+            z=parts["z"].astype(np.float32),
+            log10_p=parts["log_p"] / np.log(10),
+            q=parts["q"],
+            ratio=(parts["score"] / parts["mean"]).astype(np.float32),
+            excess=(parts["score"] - parts["mean"]).astype(np.float32),
+        )
+
+    def _check_range(self, similarity: Similarity, p: int) -> None:
+        """Refuse what cannot be a projection kernel of the ranks."""
+        scores = plain_scores(similarity, p)
+        r, s = similarity.row_ranks[:, None, p], similarity.column_ranks[None, :, p]
+        wrong = (scores < -_ROUNDING) | (scores > np.minimum(r, s) + _ROUNDING)
+        if wrong.any():
+            i, j = np.argwhere(wrong)[0]
+            ranks = int(similarity.row_ranks[i, p]), int(similarity.column_ranks[j, p])
+            raise HeadShapeError(
+                f"NullCalibrator: {similarity.pairs[p]} of {similarity.row_labels[i]} and "
+                f"{similarity.column_labels[j]} is {scores[i, j]:.6g}, and a projection kernel of "
+                f"ranks {ranks[0]} and {ranks[1]} lies between 0 and {min(ranks)}; pass kernels as "
+                "ProjectionKernel gives them, with their true ranks"
+            )
+
+
+def _nameless(n_heads: int) -> pd.DataFrame:
+    """A heads table for rows or columns of a plain array."""
+    return pd.DataFrame(
+        {"source": "array", "layer": -1, "head": np.arange(n_heads), "kv_head": np.arange(n_heads)},
+        index=pd.Index([f"H{i}" for i in range(n_heads)], dtype=object),
+    )
 
 
 def informativeness(similarity: Similarity, bins: int = 255) -> pd.Series:
@@ -64,6 +410,11 @@ def informativeness(similarity: Similarity, bins: int = 255) -> pd.Series:
         r, s = (int(found[0]) for found in ranks)
         moments = haar_moments(r, s, similarity.d_model)
         listed = similarity.listed(pair)
+        if np.isnan(listed).all():
+            raise ValueError(
+                f"informativeness: no {pair} pair is defined among these heads; use "
+                "ProjectionKernel(layer_order='all') or heads of several layers"
+            )
         divergences[pair] = gaussian_divergence(
             listed[~np.isnan(listed)],
             float(moments.mean),
@@ -72,3 +423,142 @@ def informativeness(similarity: Similarity, bins: int = 255) -> pd.Series:
             bins=bins,
         )
     return pd.Series(divergences, name="informativeness")
+
+
+def head_permutation_test(
+    similarity: Similarity,
+    statistic: str,
+    *,
+    k: int = 20,
+    classes: pd.Series | None = None,
+    head_class: str | None = None,
+    edges: Sequence[tuple[str, str]] | None = None,
+    pair: str | None = None,
+    n_permutations: int = 9999,
+    random_state: int | np.random.Generator | None = None,
+) -> pd.DataFrame:
+    """Test a statistic of the whole similarity by exchanging heads within layers.
+
+    Single pairs cannot be tested so; a hub, a class or a circuit can. The null says that, given two
+    layers, it does not matter which of their heads meet (or, for classes, which heads of a layer
+    carry a label).
+
+    Parameters
+    ----------
+    similarity : Similarity
+        Of the same heads in rows and columns.
+    statistic : {"hub_degree", "in_class_nodes", "edge_mean", "average_precision"}
+        - "hub_degree": degree of every head in the graph of the `k` largest pairs of every kind,
+          adjusted for having looked at all heads.
+        - "in_class_nodes": how many heads of that graph carry a class.
+        - "edge_mean": mean similarity along `edges`, in kind `pair`.
+        - "average_precision": of `head_class` among heads ranked by their largest similarity.
+    k : int, default=20
+        Edges of each pair kind.
+    classes : Series or None, default=None
+        Class of every head, aligned to the heads table; "None" for none.
+    head_class : str or None, default=None
+        Class to be found; None takes all classes together.
+    edges : sequence of (str, str) or None, default=None
+        Labels of source and target.
+    pair : str or None, default=None
+        Pair kind for "edge_mean"; None takes the only one.
+    n_permutations : int, default=9999
+        The smallest p-value possible is ``1 / (1 + n_permutations)``.
+    random_state : int, Generator or None, default=None
+        None draws differently every time.
+
+    Returns
+    -------
+    DataFrame
+        Columns ``statistic``, ``p_value``, ``adjusted_p_value``, ``null_mean``; a row for every
+        head ("hub_degree", most connected first) or one row.
+
+    Raises
+    ------
+    ValueError
+        If the statistic is unknown, or lacks what it needs.
+
+    References
+    ----------
+    .. [1] P. H. Westfall and S. S. Young, "Resampling-Based Multiple Testing", Wiley (1993).
+
+    Examples
+    --------
+    >>> import skhead
+    >>> heads = skhead.load_heads("skhead/induction-2l")
+    >>> similarity = skhead.ProjectionKernel(pairs=["OK"]).fit_transform(heads)
+    >>> found = skhead.head_permutation_test(
+    ...     similarity, "edge_mean", edges=[("L0H0", "L1H1")], n_permutations=999, random_state=0
+    ... )
+    >>> bool(found["p_value"].iloc[0] < 0.05)
+    True
+    """
+    name = "head_permutation_test"
+    options = ("hub_degree", "in_class_nodes", "edge_mean", "average_precision")
+    check_option("statistic", statistic, options, name)
+    labels = similarity.row_labels
+    if labels != similarity.column_labels:
+        raise ValueError(f"{name}: rows and columns must be the same heads in the same order")
+    values = np.stack([similarity.listed(kind) for kind in similarity.pairs], axis=2)
+    layers = similarity.rows["layer"].to_numpy()
+    chosen: dict[str, Any] = {"n_permutations": n_permutations, "random_state": random_state}
+    if statistic == "average_precision":
+        members = _members(similarity, classes, head_class, name)
+        result = label_permutation_test(
+            lambda positive: head_average_precision(values, positive), members, layers, **chosen
+        )
+    else:
+        if statistic == "hub_degree":
+            measure: Callable[[Any], Any] = partial(top_degrees, k=k)
+        elif statistic == "in_class_nodes":
+            members = _members(similarity, classes, head_class, name)
+            measure = partial(in_class_nodes, in_class=members, k=k)
+        else:
+            rows, columns = _edge_positions(edges, labels, name)
+            values = similarity.values[:, :, _only_pair(similarity, pair, name)]
+            measure = partial(edge_mean, rows=rows, columns=columns)
+        result = permutation_test(measure, values, layers, layers, **chosen)
+    columns_out = ("statistic", "p_value", "adjusted_p_value", "null_mean")
+    table = {column: np.atleast_1d(getattr(result, column)) for column in columns_out}
+    index = labels if statistic == "hub_degree" else [statistic]
+    frame = pd.DataFrame(table, index=pd.Index(index, dtype=object))
+    return frame.sort_values("statistic", ascending=False, kind="stable")
+
+
+def _members(
+    similarity: Similarity, classes: pd.Series | None, head_class: str | None, name: str
+) -> NDArray[np.bool_]:
+    if classes is None:
+        raise ValueError(f"{name}: this statistic needs classes=, a Series aligned to the heads")
+    if not classes.index.is_unique or not similarity.rows.index.isin(classes.index).all():
+        raise ValueError(f"{name}: classes must have one entry for every head of the table")
+    found = classes.reindex(similarity.rows.index).fillna("None").astype(str)
+    members = (found != "None") if head_class is None else (found == head_class)
+    if not members.any():
+        raise ValueError(
+            f"{name}: no head has class {head_class!r}; the classes are "
+            f"{', '.join(sorted(set(found) - {'None'})) or 'none'}"
+        )
+    return members.to_numpy(dtype=bool)
+
+
+def _edge_positions(
+    edges: Sequence[tuple[str, str]] | None, labels: list[str], name: str
+) -> tuple[list[int], list[int]]:
+    if not edges:
+        raise ValueError(f"{name}: this statistic needs edges=, pairs of head labels")
+    unknown = [end for edge in edges for end in edge if end not in labels]
+    if unknown:
+        raise ValueError(f"{name}: no head is called {unknown[0]!r}")
+    sources, targets = zip(*edges, strict=True)
+    return [labels.index(a) for a in sources], [labels.index(b) for b in targets]
+
+
+def _only_pair(similarity: Similarity, pair: str | None, name: str) -> int:
+    if pair is None and len(similarity.pairs) > 1:
+        raise ValueError(f"{name}: choose one pair= of {', '.join(similarity.pairs)}")
+    wanted = similarity.pairs[0] if pair is None else pair
+    if wanted not in similarity.pairs:
+        raise ValueError(f"{name}: there is no pair {wanted!r}, only {', '.join(similarity.pairs)}")
+    return similarity.pairs.index(wanted)
