@@ -44,6 +44,8 @@ __all__ = [
 
 FloatArray = NDArray[np.float64]
 _KEYS = ["source", "layer", "head"]
+#: Variance of a kernel below which rounding is all that varies.
+_LEAST_VARIANCE = 1e-8
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,12 @@ class AnisotropicNull(NullLaw):
             means = (self._rows.mean(pair[0], row_group), self._columns.mean(pair[1], column_group))
             drawn = (shrink_projector(mean.matrix, self.shrinkage) for mean in means)
             self._moments[key] = anisotropic_moments(*drawn)
+        if not self._moments[key].variance > _LEAST_VARIANCE:
+            raise HeadShapeError(
+                f"NullCalibrator: under null='anisotropic' the kernel of {pair} pairs cannot vary, "
+                "because these heads fill the directions that they prefer; truncate them with "
+                "SubspaceExtractor(rank=...), or use another null"
+            )
         return self._moments[key]
 
     def judge(self, similarity: Similarity, p: int, scores: FloatArray, side: str) -> Judgement:
@@ -228,6 +236,12 @@ class SignflipNull(NullLaw):
         row, column = rows.role(pair[0]), columns.role(pair[1])
         moments = signflip_moments(row.vectors, column.vectors, self._axes[pair])
         at = np.ix_(row.index, column.index)
+        if not (moments.variance[at][~np.isnan(scores)] > _LEAST_VARIANCE).all():
+            raise HeadShapeError(
+                f"NullCalibrator: under null='signflip' the kernel of a {pair} pair cannot vary, "
+                "because its heads coincide with the axes; truncate the heads with "
+                "SubspaceExtractor(rank=...), or use another null"
+            )
         z = (scores - moments.mean[at]) / np.sqrt(moments.variance[at])
         return Judgement(moments.mean[at], z, normal_log_p(z, side))
 

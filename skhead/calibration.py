@@ -68,19 +68,19 @@ class NullCalibrator(TransformerMixin, BaseEstimator):
     ----------
     null : {"haar", "gaussian", "anisotropic", "signflip", "empirical"}, default="haar"
         - "haar": uniformly random subspaces of the measured ranks, by their exact law. Right for
-          untrained weights; trained heads share preferred directions, and nearly every pair differs
-          from this null in one direction or the other.
+          untrained weights; trained heads share preferred directions, and nearly every pair
+          differs from this null in one direction or the other.
         - "gaussian": a normal law with the same mean and variance, as published; tails too thin.
         - "anisotropic": random subspaces that prefer the directions which the training heads
-        prefer,
-          an angular central Gaussian law fitted to their mean projectors. Right as an effect size:
-          more overlap than two heads have that merely live in the same directions.
+          prefer, an angular central Gaussian law fitted to their mean projectors. Right as an
+          effect size: more overlap than two heads have that merely live in the same directions.
         - "signflip": every head keeps its energy on each of the training heads' preferred axes, and
           how it combines them is random. Stricter; it depends on the axes, which heads without
           common directions leave arbitrary.
         - "empirical": the bulk of the model's other pairs, once every head's own level is taken
-        out.
-          Right for discovery: which pairs stand out. Takes any positive similarity.
+          out. Right for discovery: which pairs stand out. Takes any positive similarity; it needs
+          many pairs, and its p-values near 1e-3 are up to twice too small.
+
     output : {"z", "log_p", "q", "ratio", "excess"}, default="z"
         What the values become: deviation in null standard deviations, log10 of the p-value, false
         discovery rate at which the pair is called, score over expectation, score minus expectation.
@@ -93,8 +93,8 @@ class NullCalibrator(TransformerMixin, BaseEstimator):
         Benjamini-Hochberg, or Benjamini-Yekutieli for any dependence. Each pair kind is a family of
         its own; a symmetric kind counts each pair once.
     tails : {"normal", "t"}, default="normal"
-        For "empirical": the law of the bulk. Its tails are heavy; what is called under "t" (4
-        degrees of freedom) too stands on firm ground.
+        For "empirical": the law of the bulk. Its tails are heavy; "t", of 4 degrees of freedom, is
+        the strict reading, under which no single pair of a large model may be left.
     shrinkage : float or None, default=None
         For "anisotropic": how far the mean projectors are drawn towards isotropy, 0 to 1; None is
         0, or 0.5 with groups, where a mean is taken over few heads.

@@ -59,6 +59,7 @@ def _report(arguments: argparse.Namespace) -> int:
         labels=arguments.labels,
         fold_norm=arguments.fold_norm,
         center=arguments.center,
+        null=arguments.null,
         composition=arguments.composition,
         max_memory=arguments.max_memory,
         device=arguments.device,
@@ -131,6 +132,13 @@ def _parser() -> argparse.ArgumentParser:
 def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--k", type=_positive, default=20, help="edges of each pair kind (default: %(default)s)"
+    )
+    command.add_argument(
+        "--null",
+        default="anisotropic",
+        metavar="NAME",
+        help="null law of the edges: haar, gaussian, anisotropic, signflip or empirical (default: "
+        "%(default)s)",
     )
     command.add_argument(
         "--no-composition",

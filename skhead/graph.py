@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from skhead.containers import Similarity
+from skhead.containers import CALIBRATED, Similarity
 from skhead.exceptions import HeadTableError
-from skhead.weights import head_labels
 
 if TYPE_CHECKING:
     import networkx
@@ -37,7 +37,9 @@ def wiring_graph(
     networkx.MultiDiGraph
         Nodes are head labels with ``source``, ``layer``, ``head`` and, given classes,
         ``head_class``; edges are keyed by pair kind, with ``pair``, ``score`` and ``rank``. Only
-        heads with an edge are nodes.
+        heads with an edge are nodes. Of a calibrated similarity, edges also carry ``z``,
+        ``log10_p``, ``q``, ``ratio`` and ``excess``, and the graph the names of the ``null`` and
+        its ``side``; ``score`` is then the similarity before calibration.
 
     Raises
     ------
@@ -62,6 +64,10 @@ def wiring_graph(
     labels = None if classes is None else _aligned(classes, similarity, heads)
     edges = similarity.top_pairs(k).to_dict("records")
     graph = networkx.MultiDiGraph(unit=similarity.unit, k=k)
+    judged: tuple[str, ...] = ()
+    if similarity.calibration is not None:
+        judged = CALIBRATED
+        graph.graph |= {"null": similarity.calibration.null, "side": similarity.calibration.side}
     for label in heads.index[
         heads.index.isin({e[end] for e in edges for end in ("source", "target")})
     ]:
@@ -71,8 +77,11 @@ def wiring_graph(
             node["head_class"] = labels[label]
         graph.add_node(label, **node)
     for edge in edges:
-        pair, score, rank = edge["pair"], float(edge["score"]), int(edge["rank"])
-        graph.add_edge(edge["source"], edge["target"], key=pair, pair=pair, score=score, rank=rank)
+        numbers = {name: float(edge[name]) for name in ("score", *judged)}
+        numbers["rank"] = int(edge["rank"])
+        graph.add_edge(
+            edge["source"], edge["target"], key=edge["pair"], pair=edge["pair"], **numbers
+        )
     return graph
 
 
@@ -109,12 +118,11 @@ def hub_table(similarity: Similarity, k: int = 20) -> pd.DataFrame:
     for p, pair in enumerate(similarity.pairs):
         values = similarity.values[:, :, p]
         for side, labels, axis in (
-            ("out", head_labels(similarity.rows), 1),
-            ("in", head_labels(similarity.columns), 0),
+            ("out", similarity.row_labels, 1),
+            ("in", similarity.column_labels, 0),
         ):
-            table[f"{side}_{pair}"] = pd.Series(_mean_defined(values, axis), labels).reindex(
-                heads.index
-            )
+            means = pd.Series(_mean_defined(values, axis), labels)
+            table[f"{side}_{pair}"] = means[~means.index.duplicated()].reindex(heads.index)
     order = ["degree", "layer", "head"]
     return table.sort_values(order, ascending=[False, True, True], kind="stable")
 
@@ -159,6 +167,9 @@ def class_counts(graph: networkx.MultiDiGraph) -> pd.Series:
 def write_graphml(graph: networkx.MultiDiGraph, path: str | PathLike[str]) -> None:
     """Write a wiring graph as GraphML, for Gephi, Cytoscape or yEd.
 
+    An edge lacks the attributes that are not finite: programs differ in how they spell such numbers
+    and some fail to open the file.
+
     Parameters
     ----------
     graph : networkx.MultiDiGraph
@@ -174,11 +185,18 @@ def write_graphml(graph: networkx.MultiDiGraph, path: str | PathLike[str]) -> No
     """
     import networkx
 
-    networkx.write_graphml(graph, path)
+    portable = graph.copy()
+    for *_, data in portable.edges(data=True):
+        for name in [n for n, x in data.items() if isinstance(x, float) and not math.isfinite(x)]:
+            del data[name]
+    networkx.write_graphml(portable, path)
 
 
 def write_edges(graph: networkx.MultiDiGraph, path: str | PathLike[str]) -> None:
     """Write the edges of a wiring graph as CSV: ``pair, rank, source, target, score``.
+
+    Of a calibrated similarity, ``z, log10_p, q, ratio, excess`` and the name of the ``null``
+    follow.
 
     Parameters
     ----------
@@ -196,30 +214,38 @@ def write_edges(graph: networkx.MultiDiGraph, path: str | PathLike[str]) -> None
     ...     print(path.read_text().splitlines()[0])
     pair,rank,source,target,score
     """
-    rows = [
-        {"pair": d["pair"], "rank": d["rank"], "source": a, "target": b, "score": d["score"]}
-        for a, b, d in graph.edges(data=True)
+    rows: list[dict[str, Any]] = [
+        d | {"source": a, "target": b} for a, b, d in graph.edges(data=True)
     ]
     columns = ["pair", "rank", "source", "target", "score"]
+    if "null" in graph.graph:
+        columns += [*CALIBRATED, "null"]
+        rows = [row | {"null": graph.graph["null"]} for row in rows]
     pd.DataFrame(rows, columns=columns).to_csv(path, index=False)
 
 
 def _all_heads(similarity: Similarity) -> pd.DataFrame:
     """Row and column heads, each once, indexed by label."""
-    sides = [
-        table.set_axis(pd.Index(head_labels(table), dtype=object))
-        for table in (similarity.rows, similarity.columns)
-    ]
-    both = pd.concat(sides)
+    both = pd.concat([similarity.rows, similarity.columns])
+    labels = similarity.row_labels + similarity.column_labels
+    both = both.set_axis(pd.Index(labels, dtype=object))
     return both[~both.index.duplicated()]
 
 
 def _aligned(classes: pd.Series, similarity: Similarity, heads: pd.DataFrame) -> dict[str, str]:
     named: dict[str, str] = {}
-    for table in (similarity.rows, similarity.columns):
-        if classes.index.is_unique and table.index.isin(classes.index).all():
+    sides = (
+        (similarity.rows, similarity.row_labels),
+        (similarity.columns, similarity.column_labels),
+    )
+    for table, labels in sides:
+        if len(classes) == len(table) and classes.index.equals(table.index):
+            found = classes
+        elif classes.index.is_unique and table.index.isin(classes.index).all():
             found = classes.reindex(table.index)
-            named.update(zip(head_labels(table), map(str, found), strict=True))
+        else:
+            continue
+        named.update(zip(labels, map(str, found.fillna("None")), strict=True))
     missing = [label for label in heads.index if label not in named]
     if missing:
         raise HeadTableError(

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import torch
 
+from skhead._base import check_option
 from skhead._report.data import Options, analyse
 from skhead._report.files import write_files
 from skhead._report.numbers import summarize
 from skhead._report.page import render
+from skhead.calibration import NULLS
 
 __all__ = ["write_report"]
 
@@ -26,6 +28,7 @@ def write_report(
     labels: str | PathLike[str] | None = None,
     fold_norm: bool = False,
     center: bool = False,
+    null: str = "anisotropic",
     composition: bool = True,
     max_memory: int | str = "1GiB",
     device: str | None = None,
@@ -55,6 +58,8 @@ def write_report(
         bundled model's own, and "yamagiwa2026" for a GPT-2 of 12 layers, 12 heads and d_model 768.
     fold_norm, center : bool, default=False
         As for `SubspaceExtractor`.
+    null : {"haar", "gaussian", "anisotropic", "signflip", "empirical"}, default="anisotropic"
+        Null law that the edges are held against; see `NullCalibrator`.
     composition : bool, default=True
         Also compute composition scores.
     max_memory : int or str, default="1GiB"
@@ -74,8 +79,8 @@ def write_report(
     SkheadError
         If the model cannot be read, or the labels do not fit it.
     ValueError
-        If `k` is not a positive integer, the device cannot be used, or another option does not
-        apply.
+        If `k` is not a positive integer, the null law is unknown, the device cannot be used, or
+        another option does not apply.
 
     Examples
     --------
@@ -88,6 +93,7 @@ def write_report(
     """
     if isinstance(k, bool) or int(k) != k or k < 1:
         raise ValueError(f"write_report: k must be a positive integer, got {k!r}")
+    check_option("null", null, NULLS, "write_report")
     _check_device(device)
     stage = progress if progress is not None else _quiet
     options = Options(
@@ -97,6 +103,7 @@ def write_report(
         labels=None if labels is None else str(labels),
         fold_norm=fold_norm,
         center=center,
+        null=null,
         composition=composition,
         max_memory=max_memory,
         device=device,

@@ -29,10 +29,12 @@ def test_demo_is_the_report_on_the_bundled_model(tmp_path, capsys):
 
 def test_options_reach_the_estimators(tmp_path):
     options = ["--fold-norm", "--center", "--labels", "none", "--max-memory", "50MB"]
+    options += ["--null", "empirical"]
     assert main(["report", "skhead/induction-2l", "-o", str(tmp_path), *options]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["comparison"]["record"] == {"fold_norm": True, "center": True, "rank": None}
     assert summary["classes"] is None
+    assert summary["nulls"]["chosen"] == "empirical"
 
 
 @pytest.mark.parametrize(
@@ -43,6 +45,7 @@ def test_options_reach_the_estimators(tmp_path):
         (["skhead/induction-2l", "-o", "out", "--labels", "no.csv"], "labels 'no.csv' is neither"),
         (["skhead/induction-2l", "-o", "out", "--labels", "wang2022"], "12"),
         (["skhead/induction-2l", "-o", "out", "--device", "abacus"], "device 'abacus' cannot"),
+        (["skhead/induction-2l", "-o", "out", "--null", "beta"], "null must be one of 'haar'"),
         (["skhead/induction-2l", "-o", "out", "--max-memory", "much"], "max_memory must be"),
     ],
 )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import networkx as nx
+import numpy as np
 import pandas as pd
 import pytest
 from toys import toy_heads
 
 from skhead import (
+    NullCalibrator,
     ProjectionKernel,
     class_counts,
     hub_table,
@@ -59,6 +63,8 @@ def test_class_counts(similarity):
     graph = wiring_graph(similarity, k=48, classes=labels)
     assert class_counts(graph).to_dict() == {"in_class": 1, "out_of_class": 11, "nodes": 12}
     assert graph.nodes["L0H0"]["head_class"] == "Previous Token"
+    unknown = labels.where(labels != "None")
+    assert class_counts(wiring_graph(similarity, k=48, classes=unknown))["in_class"] == 1
     with pytest.raises(ValueError, match="the graph has no classes"):
         class_counts(wiring_graph(similarity, k=3))
     with pytest.raises(HeadTableError, match="no entry for head L0H0"):
@@ -77,3 +83,38 @@ def test_exports_read_back(similarity, tmp_path):
     assert table.columns.tolist() == ["pair", "rank", "source", "target", "score"]
     expected = similarity.top_pairs(5).sort_values(["pair", "rank"])["score"].to_numpy()
     assert table.sort_values(["pair", "rank"])["score"].tolist() == pytest.approx(expected)
+
+
+def test_edges_of_a_calibrated_similarity_carry_the_null(similarity, tmp_path):
+    calibrated = NullCalibrator(output="q", side="upper").fit_transform(similarity)
+    graph = wiring_graph(calibrated, k=5)
+    assert (graph.graph["null"], graph.graph["side"]) == ("haar", "upper")
+    names = ["score", "z", "log10_p", "q", "ratio", "excess"]
+    top = calibrated.top_pairs(5)
+    for edge in top.to_dict("records"):
+        data = graph.edges[edge["source"], edge["target"], edge["pair"]]
+        assert [data[name] for name in names] == pytest.approx([edge[name] for name in names])
+        score = similarity.pair(edge["pair"]).loc[edge["source"], edge["target"]]
+        assert data["score"] == pytest.approx(score)
+    write_edges(graph, tmp_path / "edges.csv")
+    table = pd.read_csv(tmp_path / "edges.csv")
+    assert table.columns.tolist() == ["pair", "rank", "source", "target", *names, "null"]
+    assert (table["null"] == "haar").all()
+    expected = top.sort_values(["pair", "rank"])["log10_p"]
+    found = table.sort_values(["pair", "rank"])["log10_p"]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_graphml_leaves_out_numbers_that_are_not_finite(similarity, tmp_path):
+    calibrated = NullCalibrator().fit_transform(similarity)
+    certain = replace(
+        calibrated.calibration, log10_p=np.full_like(calibrated.calibration.log10_p, -np.inf)
+    )
+    graph = wiring_graph(replace(calibrated, calibration=certain), k=5)
+    write_graphml(graph, tmp_path / "graph.graphml")
+    assert all(data["log10_p"] == -np.inf for *_, data in graph.edges(data=True))
+    assert "inf" not in (tmp_path / "graph.graphml").read_text().lower()
+    again = nx.read_graphml(tmp_path / "graph.graphml", force_multigraph=True)
+    for source, target, data in again.edges(data=True):
+        assert "log10_p" not in data
+        assert data["z"] == pytest.approx(graph.edges[source, target, data["pair"]]["z"])

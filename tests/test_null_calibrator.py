@@ -413,3 +413,35 @@ def test_permutation_test_refuses(statistic, options, message):
         similarity = ProjectionKernel().fit_transform(heads)
     with pytest.raises(ValueError, match=f"head_permutation_test: .*{message}"):
         head_permutation_test(similarity, statistic, **options)
+
+
+@pytest.mark.parametrize("null", ["anisotropic", "signflip"])
+def test_heads_that_fill_the_space_have_no_law(null):
+    with toy_heads(n_layers=2, n_heads=6, d_model=8, d_head=8) as heads:
+        similarity = ProjectionKernel().fit_transform(heads)
+        with pytest.raises(HeadShapeError, match="cannot vary"):
+            NullCalibrator(null=null).fit_transform(similarity)
+
+
+def test_families_of_dependent_pairs_keep_the_false_discovery_rate():
+    """Pairs share heads; over 500 models without structure, few have any rejection at 5%."""
+    rng = np.random.default_rng(0)
+    calls = 0
+    for _ in range(500):
+        bases = np.linalg.qr(rng.standard_normal((48, 64, 8)))[0]
+        left, right = bases[:24].transpose(0, 2, 1), bases[24:].transpose(1, 0, 2)
+        cross = left.reshape(192, 64) @ right.reshape(64, 192)
+        kernels = np.square(cross).reshape(24, 8, 24, 8).sum(axis=(1, 3))
+        law = NullCalibrator(d_model=64, rank=8, output="q", side="upper")
+        calls += bool((law.fit_transform(kernels) < 0.05).any())
+    assert calls / 500 <= 0.06
+
+
+def test_precision_of_z():
+    """Float32 bases against float64 ones, in null standard deviations."""
+    stack = np.random.default_rng(0).standard_normal((40, 768, 64))
+    wide, narrow = (
+        np.asarray(NullCalibrator().fit_transform(ProjectionKernel().fit_transform(x)))
+        for x in (stack.astype(np.float32).astype(np.float64), stack.astype(np.float32))
+    )
+    assert np.abs(wide - narrow).max() < 1e-4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -11,20 +11,17 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from skhead._report.chance import CONSTANT, Verdict, hold_against_nulls
 from skhead._report.labels import HeadClasses, find_classes
 from skhead.circuits import identity_scores
-from skhead.containers import Similarity, Subspaces
+from skhead.containers import CALIBRATED, Similarity, Subspaces
 from skhead.exceptions import HeadTableError
 from skhead.extraction import SubspaceExtractor
 from skhead.graph import hub_table
 from skhead.kernels import CompositionScore, ProjectionKernel
 from skhead.weights import SourceInfo, describe_sources, head_labels, load_heads
 
-__all__ = ["CONSTANT", "Analysis", "Options", "analyse", "expected_of", "scores_of"]
-
-
-#: A random reference narrower than this share of its mean leaves nothing to compare with.
-CONSTANT = 1e-6
+__all__ = ["Analysis", "Options", "analyse", "expected_of", "named_after_null", "scores_of"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,7 @@ class Options:
     labels: str | None = None
     fold_norm: bool = False
     center: bool = False
+    null: str = "anisotropic"
     composition: bool = True
     max_memory: int | str = "1GiB"
     device: str | None = None
@@ -60,12 +58,16 @@ class Analysis:
     classes : HeadClasses or None
     subspaces : Subspaces
     kernel : Similarity
+        Calibrated by the chosen null law, if that can be computed; the values stay as they are.
     composition : Similarity or None
+    verdicts : dict of str to Verdict
+        What each null law says, by its name.
     table : DataFrame
         One row per head in table order: degrees, strengths, ranks, identity scores, class.
     edges : DataFrame
         The k strongest pairs of every kind, with ``expected``, ``ratio``, whether they are
-        ``above`` the band of random subspaces, and the pair's composition score if computed.
+        ``above`` the band of random subspaces, what the chosen null law says of them (columns that
+        end in its name, NaN where it says nothing), and their composition scores if computed.
     """
 
     info: SourceInfo
@@ -77,6 +79,7 @@ class Analysis:
     subspaces: Subspaces
     kernel: Similarity
     composition: Similarity | None
+    verdicts: dict[str, Verdict]
     table: pd.DataFrame
     edges: pd.DataFrame
 
@@ -130,6 +133,8 @@ def analyse(
     }
     stage(f"comparing {len(rows)} writing with {len(columns)} reading heads: projection kernel")
     kernel = _fit_apply(ProjectionKernel(**shared, device=options.device), subspaces, rows, columns)
+    verdicts, calibration = hold_against_nulls(kernel, subspaces, options.null, stage)
+    kernel = replace(kernel, calibration=calibration)
     composition = None
     if options.composition:
         stage("comparing them again: composition scores")
@@ -140,10 +145,10 @@ def analyse(
         stage("scoring what single heads do: V against O")
         identity = identity_scores(heads, **processing)
     table = _head_table(heads, kernel, subspaces, identity, classes, options.k)
-    edges = _edge_table(kernel, composition, options.k)
+    edges = _edge_table(kernel, composition, options)
     return Analysis(
         info, options, len(everything), heads, scope, classes, subspaces, kernel, composition,
-        table, edges,
+        verdicts, table, edges,
     )  # fmt: skip
 
 
@@ -205,8 +210,10 @@ def _head_table(
     return table
 
 
-def _edge_table(kernel: Similarity, composition: Similarity | None, k: int) -> pd.DataFrame:
-    edges = kernel.top_pairs(k)
+def _edge_table(
+    kernel: Similarity, composition: Similarity | None, options: Options
+) -> pd.DataFrame:
+    edges = named_after_null(kernel.top_pairs(options.k), options.null)
     row_of = {label: i for i, label in enumerate(head_labels(kernel.rows))}
     column_of = {label: i for i, label in enumerate(head_labels(kernel.columns))}
     rows = edges["source"].map(row_of).to_numpy(dtype=np.int64)
@@ -221,6 +228,14 @@ def _edge_table(kernel: Similarity, composition: Similarity | None, k: int) -> p
     if composition is not None:
         edges["composition"] = composition.values[rows, columns, kinds]
     return edges
+
+
+def named_after_null(pairs: pd.DataFrame, null: str) -> pd.DataFrame:
+    """Pairs with the null law's name in the columns that it gives; NaN where it gives nothing."""
+    for name in CALIBRATED:
+        column = pairs.pop(name) if name in pairs else np.nan
+        pairs[f"{name}_{null}"] = column
+    return pairs
 
 
 def expected_of(similarity: Similarity, pair: str) -> tuple[NDArray[np.floating], ...]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from skhead._report.data import Analysis
+from skhead._report.data import Analysis, named_after_null
 from skhead._report.page import Download
 from skhead.containers import Similarity
 from skhead.graph import wiring_graph, write_graphml
@@ -19,6 +19,8 @@ __all__ = ["MOST_PAIRS", "write_files"]
 #: Rows of pairs.csv beyond which it is not written.
 MOST_PAIRS = 2_000_000
 _EDGE_COLUMNS = ["pair", "rank", "source", "target", "score", "expected", "ratio"]
+#: Of what the null law says, what the tables of pairs list.
+_JUDGED = ("ratio", "z", "q")
 
 
 def write_files(analysis: Analysis, numbers: Mapping[str, Any], directory: Path) -> list[Download]:
@@ -36,7 +38,9 @@ def write_files(analysis: Analysis, numbers: Mapping[str, Any], directory: Path)
     -------
     list of Download
     """
-    edges = analysis.edges[_EDGE_COLUMNS].to_csv(index=False).encode()
+    null = analysis.options.null
+    columns = [*_EDGE_COLUMNS, *(f"{name}_{null}" for name in _JUDGED)]
+    edges = analysis.edges[columns].to_csv(index=False).encode()
     heads = analysis.table.rename_axis("label").to_csv().encode()
     summary = json.dumps(numbers, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     downloads = [
@@ -68,12 +72,16 @@ def _write_pairs(analysis: Analysis, path: Path) -> list[Download]:
         path.unlink(missing_ok=True)
         what = f"{path.name} is not written: {count:,} pairs are more than {MOST_PAIRS:,}"
         return [Download("", what, "", None)]
-    pairs = kernel.to_frame()
+    null = analysis.options.null
+    everything = named_after_null(kernel.to_frame(), null)
+    pairs = everything[["pair", "source", "target", "score"]].copy()
     pairs["expected"] = _along(kernel, kernel.null_mean)
+    for name in _JUDGED:
+        pairs[f"{name}_{null}"] = everything[f"{name}_{null}"]
     if analysis.composition is not None:
         pairs["composition"] = _along(kernel, analysis.composition.values)
     pairs.to_csv(path, index=False)
-    what = f"all {count:,} compared pairs, with random expectation and composition score"
+    what = f"all {count:,} compared pairs, with random expectation, null law and composition score"
     return [Download(path.name, what, "text/csv", None)]
 
 

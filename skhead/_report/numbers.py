@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 import skhead
-from skhead._report.data import CONSTANT, Analysis, expected_of, scores_of
+from skhead._report.chance import CONSTANT, FDR
+from skhead._report.data import Analysis, expected_of, scores_of
 from skhead.calibration import informativeness
 from skhead.containers import Similarity
 from skhead.inspection._distribution import reference_law
@@ -47,6 +49,7 @@ def summarize(analysis: Analysis) -> dict[str, Any]:
         },
         "classes": _classes(analysis),
         "projection_kernel": kernel_numbers(analysis.kernel, analysis.options.k),
+        "nulls": _nulls(analysis),
         "composition": None if composition is None else _composition(analysis, composition),
         "hubs": _hubs(analysis),
         "within_head": _within_head(analysis),
@@ -118,6 +121,24 @@ def _divergences(similarity: Similarity) -> dict[str, float | None]:
     if not one_rank or not (similarity.null_sd > CONSTANT * similarity.null_mean).all():
         return {}
     return {str(pair): _plain(value) for pair, value in informativeness(similarity).items()}
+
+
+def _nulls(analysis: Analysis) -> dict[str, Any]:
+    """What each null law calls; ``chosen`` names the one that the edges are held against."""
+    return {
+        "chosen": analysis.options.null,
+        "fdr": FDR,
+        "laws": {
+            name: {
+                "refused": verdict.refusal,
+                "calls": {
+                    pair: {key: _plain(value) for key, value in asdict(calls).items()}
+                    for pair, calls in verdict.calls.items()
+                },
+            }
+            for name, verdict in analysis.verdicts.items()
+        },
+    }
 
 
 def _composition(analysis: Analysis, composition: Similarity) -> dict[str, dict[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any
 from skhead._report.data import Analysis
 from skhead._report.diagram import class_colours, wiring_diagram
 from skhead._report.figures import composition, distributions, layer_maps, matrices
+from skhead._report.questions import chance
 from skhead._report.tables import edge_table, hub_table
 from skhead._report.words import READS, notes, summary_words
 
@@ -62,6 +63,7 @@ def render(analysis: Analysis, numbers: Mapping[str, Any], downloads: Sequence[D
         ("read", "What was read", _read(analysis, numbers)),
         ("diagram", "Wiring diagram", _diagram(analysis, numbers)),
         ("distributions", "Overlap against random subspaces", distributions(analysis, numbers)),
+        ("chance", "What is more than chance?", chance(numbers)),
         ("maps", "Heads by layer", layer_maps(analysis)),
         ("matrices", "Every pair of heads", matrices(analysis)),
         ("hubs", "Hubs", hub_table(analysis, numbers)),

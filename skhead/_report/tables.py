@@ -8,7 +8,15 @@ from typing import Any
 
 from skhead._report.data import Analysis
 
-__all__ = ["composition_tables", "edge_table", "hub_table"]
+__all__ = [
+    "composition_tables",
+    "edge_table",
+    "hub_table",
+    "kind_cell",
+    "number_cell",
+    "table",
+    "text_cell",
+]
 
 
 def hub_table(analysis: Analysis, numbers: Mapping[str, Any]) -> str:
@@ -24,20 +32,22 @@ def hub_table(analysis: Analysis, numbers: Mapping[str, Any]) -> str:
     fit = _decimals(numbers["projection_kernel"][pair]["max"] for pair in pairs)
     rows = []
     for hub in numbers["hubs"]:
-        cells = [_text(hub["label"])]
+        cells = [text_cell(hub["label"])]
         if analysis.classes is not None:
-            cells.append(_text("–" if hub["class"] == "None" else hub["class"]))
-        cells += [_number(hub[name], 0) for name in ("degree", "out_degree", "in_degree")]
-        cells += [_number(hub[f"{side}_{pair}"], fit) for pair in pairs for side in ("out", "in")]
+            cells.append(text_cell("–" if hub["class"] == "None" else hub["class"]))
+        cells += [number_cell(hub[name], 0) for name in ("degree", "out_degree", "in_degree")]
+        cells += [
+            number_cell(hub[f"{side}_{pair}"], fit) for pair in pairs for side in ("out", "in")
+        ]
         if analysis.within_head:
-            cells += [_number(hub["pk_vo"], fit), _number(hub["identity_signed"], 3)]
+            cells += [number_cell(hub["pk_vo"], fit), number_cell(hub["identity_signed"], 3)]
         rows.append(cells)
     words = (
         "Heads that most edges of the diagram meet in. Edges counts pairs of all kinds; the "
         "columns per kind are mean overlaps over all compared heads, not only those drawn. "
         "heads.csv lists every head."
     )
-    return f'<p>{words}</p><div class="scroll">{_table("hub-table", "Hubs", heads, rows)}</div>'
+    return f'<p>{words}</p><div class="scroll">{table("hub-table", "Hubs", heads, rows)}</div>'
 
 
 def edge_table(analysis: Analysis) -> str:
@@ -46,6 +56,9 @@ def edge_table(analysis: Analysis) -> str:
     named = analysis.table["class"] if analysis.classes is not None else None
     heads = [("Kind", False), ("Rank", True), ("Writes", False), ("Reads", False), ("PK", True)]
     heads += [("Random", True), ("Ratio", True)]
+    null, judged = analysis.options.null, analysis.kernel.calibration is not None
+    if judged:
+        heads += [(f"{name} ({null})", True) for name in ("Ratio", "z", "q")]
     if composition is not None:
         heads.append(("Composition", True))
     if named is not None:
@@ -55,31 +68,44 @@ def edge_table(analysis: Analysis) -> str:
     for edge in edges.to_dict("records"):
         cells = [
             f'<td class="pair-{edge["pair"]}"><span class="dot"></span>{edge["pair"]}</td>',
-            _number(edge["rank"], 0),
-            _text(edge["source"]),
-            _text(edge["target"]),
-            _number(edge["score"], fit),
-            _number(edge["expected"], fit),
-            _number(edge["ratio"], 2),
+            number_cell(edge["rank"], 0),
+            text_cell(edge["source"]),
+            text_cell(edge["target"]),
+            number_cell(edge["score"], fit),
+            number_cell(edge["expected"], fit),
+            number_cell(edge["ratio"], 2),
         ]
+        if judged:
+            cells += [
+                number_cell(edge[f"ratio_{null}"], 2),
+                number_cell(edge[f"z_{null}"], 1),
+                _rate(edge[f"q_{null}"]),
+            ]
         if composition is not None:
-            cells.append(_number(edge["composition"], 4))
+            cells.append(number_cell(edge["composition"], 4))
         if named is not None:
             ends = (named[edge["source"]], named[edge["target"]])
-            cells += [_text("–" if name == "None" else name) for name in ends]
+            cells += [text_cell("–" if name == "None" else name) for name in ends]
         rows.append(cells)
     words = (
         "The pairs drawn in the diagram. Random is the mean between random subspaces of the same "
-        "ranks, Ratio the overlap divided by it. A click on a heading sorts, a second click turns "
-        "the order round."
+        "ranks, Ratio the overlap divided by it. "
     )
-    table = _table("edge-table", "Strongest pairs of heads", heads, rows)
+    if judged:
+        words += (
+            f"The columns marked {null} hold the pair against that null law: overlap over its "
+            "expectation, deviation in its standard deviations, and the false discovery rate at "
+            "which the pair is called. "
+        )
+    words += "A click on a heading sorts, a second click turns the order round."
+    body = table("edge-table", "Strongest pairs of heads", heads, rows)
     return (
         f'<p>{words}</p><div class="tools"><label>Filter <input type="search" '
         'data-filter="edge-table" data-count="edge-count" placeholder="L4H7 or OK '
         f'L5"></label><span class="note" id="edge-count" role="status">{len(rows)} of '
-        f'{len(rows)}</span></div><div class="scroll tall" tabindex="0" role="region" '
-        f'aria-label="Strongest pairs">{table}</div>'
+        f'{len(rows)}</span></div><p class="note narrow">The table scrolls sideways.</p>'
+        '<div class="scroll tall" tabindex="0" role="region" '
+        f'aria-label="Strongest pairs">{body}</div>'
     )
 
 
@@ -100,27 +126,35 @@ def composition_tables(numbers: Mapping[str, Any]) -> str:
             values = (chance, quantiles["0.5"], quantiles["0.97"], row["max"])
             common = found["shared_top"]
             shared = f'<td class="n" data-v="{common}">{common} of {found["top"]}</td>'
-            rows.append([_kind(pair), _text(name), *(_number(v, digits) for v in values), shared])
+            rows.append(
+                [
+                    kind_cell(pair),
+                    text_cell(name),
+                    *(number_cell(v, digits) for v in values),
+                    shared,
+                ]
+            )
         best += [
             [
-                _kind(pair), _number(edge["rank"], 0), _text(edge["source"]), _text(edge["target"]),
-                _number(edge["score"], 4), _number(edge["score"] / found["chance"], 2),
+                kind_cell(pair), number_cell(edge["rank"], 0),
+                text_cell(edge["source"]), text_cell(edge["target"]),
+                number_cell(edge["score"], 4), number_cell(edge["score"] / found["chance"], 2),
             ]
             for edge in found["top_pairs"]
         ]  # fmt: skip
     columns = [("Kind", False), ("Rank", True), ("Writes", False), ("Reads", False)]
     columns += [("Composition", True), ("Ratio to random", True)]
-    side_by_side = _table("composition-table", "Composition and overlap", heads, rows)
+    side_by_side = table("composition-table", "Composition and overlap", heads, rows)
     return (
         "<h3>Side by side with the projection kernel</h3>"
         f'<div class="scroll">{side_by_side}</div>'
         "<h3>Strongest pairs by composition</h3>"
         '<div class="scroll tall" tabindex="0" role="region" aria-label="Strongest by composition">'
-        f"{_table('composition-edges', 'Strongest pairs by composition', columns, best)}</div>"
+        f"{table('composition-edges', 'Strongest pairs by composition', columns, best)}</div>"
     )
 
 
-def _table(
+def table(
     name: str, caption: str, heads: Sequence[tuple[str, bool]], rows: Sequence[Sequence[str]]
 ) -> str:
     head = "".join(
@@ -136,11 +170,11 @@ def _table(
     )
 
 
-def _text(text: str) -> str:
+def text_cell(text: str) -> str:
     return f"<td>{escape(text)}</td>"
 
 
-def _kind(pair: str) -> str:
+def kind_cell(pair: str) -> str:
     return f'<td class="pair-{pair}"><span class="dot"></span>{pair}</td>'
 
 
@@ -150,9 +184,18 @@ def _decimals(values: Iterable[float]) -> int:
     return max(0, 4 - len(f"{largest:.0f}"))
 
 
-def _number(value: float | None, decimals: int) -> str:
+def _rate(value: float) -> str:
+    """A cell with a false discovery rate, however small; one that underflows is told as a bound."""
+    if value == 0:
+        return '<td class="n" data-v="0">&lt; 1e−300</td>'
+    if value < 1e-4:
+        return f'<td class="n" data-v="{value!r}">{value:.0e}</td>'.replace("e-", "e−")
+    return number_cell(value, 4)
+
+
+def number_cell(value: float | None, decimals: int) -> str:
     """A cell that sorts by its full value and shows it to some decimals."""
-    if value is None:
+    if value is None or value != value:
         return '<td class="n" data-v="NaN">–</td>'
     shown = f"{value:,.{decimals}f}".replace("-", "−")
     return f'<td class="n" data-v="{value!r}">{shown}</td>'

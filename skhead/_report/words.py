@@ -23,6 +23,7 @@ def summary_words(analysis: Analysis, numbers: Numbers) -> list[str]:
     paragraphs = [_against_random(kernel)]
     if not all(found["constant"] for found in kernel.values()):
         paragraphs.insert(0, _strongest(analysis, numbers) + _hubs(analysis, numbers))
+    paragraphs.append(_outstanding(numbers["nulls"]))
     if numbers["composition"] is not None:
         paragraphs.append(_composition(numbers["composition"]))
     if numbers["within_head"] is not None:
@@ -65,6 +66,18 @@ def _against_random(kernel: Numbers) -> str:
                 "reference; this does not rule out a circuit."
             )
     return " ".join(sentences)
+
+
+def _outstanding(nulls: Numbers) -> str:
+    """Pairs that overlap more than the bulk of the model's own pairs."""
+    calls = nulls["laws"]["empirical"]["calls"]
+    if not calls:
+        return ""
+    told = [f"{found['more']:,} of {found['pairs']:,} for {pair}" for pair, found in calls.items()]
+    return (
+        f"Measured by how this model's own pairs scatter (null empirical, {100 * nulls['fdr']:g}% "
+        f"false discovery rate), the pairs that stand out with more overlap are {_listed(told)}."
+    )
 
 
 def _strongest(analysis: Analysis, numbers: Numbers) -> str:

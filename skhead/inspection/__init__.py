@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from skhead.inspection._distribution import DistributionDisplay
+from skhead.inspection._null import NullDisplay
 from skhead.inspection._similarity import SimilarityDisplay
 
-__all__ = ["DistributionDisplay", "SimilarityDisplay"]
+__all__ = ["DistributionDisplay", "NullDisplay", "SimilarityDisplay"]

@@ -71,6 +71,24 @@ def test_budget_selects_narrower_panels():
     assert tight.scratch_bytes <= 2**20 < roomy.scratch_bytes
 
 
+@pytest.mark.parametrize("method", ["packed", "direct"])
+def test_float32_error_of_the_kernel(method):
+    """Against float64 bases, in units of the spread that random subspaces have."""
+    stacks = [orthonormal_bases(random_stack(60, 768, 64, seed)).vectors for seed in range(2)]
+    exact = overlap_blocks([s.double() for s in stacks], None, [(0, 1)])[0, 1]
+    found = overlap_blocks(stacks, None, [(0, 1)], method=method)[0, 1]
+    assert float((found.double() - exact).abs().max()) < 1e-4 * 0.108
+
+
+def test_sums_are_narrow_only_where_memory_is_short():
+    stacks = [random_stack(300, 64, 32, 0)]
+    assert plan_overlaps(stacks, None, [(0, 0)], 2**30, "packed").wide_sums
+    tight = plan_overlaps(stacks, None, [(0, 0)], 700_000, "packed")
+    assert not tight.wide_sums
+    narrow = overlap_blocks(stacks, None, [(0, 0)], method="packed", max_memory=700_000)[0, 0]
+    assert_close(narrow, reference(stacks[0], stacks[0]))
+
+
 def test_too_small_a_budget_is_refused_with_the_need():
     stacks = [random_stack(40, 512, 64, 0)]
     with pytest.raises(

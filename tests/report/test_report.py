@@ -1,16 +1,13 @@
 from __future__ import annotations
 
-import json
 import re
 import shutil
-from html import unescape
-from html.parser import HTMLParser
-from pathlib import Path
 
 import networkx
 import numpy as np
 import pandas as pd
 import pytest
+from pages import Tables, summary_of, words_of
 from safetensors.numpy import load_file, save_file
 
 import skhead
@@ -18,44 +15,6 @@ from skhead.datasets import bundled_path
 from skhead.report import write_report
 
 MODEL = "skhead/induction-2l"
-
-
-class Tables(HTMLParser):
-    """Rows of every table of a page, a cell by its sort value or else its text."""
-
-    def __init__(self, page: Path) -> None:
-        super().__init__()
-        self.tables: dict[str, list[list[str]]] = {}
-        self._name, self._cell = "", None
-        self.feed(page.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag, attrs):
-        given = dict(attrs)
-        if tag == "table":
-            self._name = given["id"]
-            self.tables[self._name] = []
-        elif tag == "tr":
-            self.tables[self._name].append([])
-        elif tag == "td":
-            self._cell = given.get("data-v", "")
-            self.tables[self._name][-1].append(self._cell)
-
-    def handle_endtag(self, tag):
-        if tag == "td":
-            self._cell = None
-
-    def handle_data(self, data):
-        if self._cell == "":
-            self.tables[self._name][-1][-1] += data
-
-
-def words_of(page: Path) -> str:
-    text = re.sub(r"<(style|script).*?</\1>", " ", page.read_text(encoding="utf-8"), flags=re.S)
-    return " ".join(unescape(re.sub(r"<[^>]*>", " ", text)).split())
-
-
-def summary_of(page: Path) -> dict:
-    return json.loads(page.with_name("summary.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -107,12 +66,13 @@ def test_tables_of_the_page_are_the_top_pairs(page, similarity):
 def test_composition_beside_an_edge_is_that_of_the_same_pair(page):
     scores = skhead.CompositionScore().fit_transform(skhead.load_heads(MODEL))
     for row in Tables(page).tables["edge-table"][1:]:
-        assert float(row[7]) == pytest.approx(scores.pair(row[0]).loc[row[2], row[3]], rel=1e-6)
+        assert float(row[10]) == pytest.approx(scores.pair(row[0]).loc[row[2], row[3]], rel=1e-6)
 
 
 def test_csv_files_parse_back_to_the_same_numbers(page, similarity):
     edges = pd.read_csv(page.with_name("edges.csv"))
     columns = ["pair", "rank", "source", "target", "score", "expected", "ratio"]
+    columns += ["ratio_anisotropic", "z_anisotropic", "q_anisotropic"]
     assert edges.columns.tolist() == columns
     best = similarity.top_pairs(20)
     np.testing.assert_array_equal(edges["score"].astype(np.float32), best["score"])
