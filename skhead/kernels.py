@@ -408,17 +408,17 @@ class CompositionScore(_PairwiseKernel):
         rows = reference if given is None else given
         read = self._matrices(reference, self._roles_to_read())
         own = read if given is None else self._matrices(given, "VO")
-        writer = self._factors(own["O"], own["V"], rows, "OV")
+        writer, writer_norms = self._factors(own["O"], own["V"], rows, "OV")
         readers = [
             self._factors(read[facing], read[away], reference, pair)
             for pair, facing, away in ((pair, *_READER_ROLES[pair]) for pair in self.pairs_)
         ]
-        dtype = torch.promote_types(writer.dtype, readers[0].dtype)
-        writer, readers = writer.to(dtype), [reader.to(dtype) for reader in readers]
-        found = self._overlaps([writer], readers, [(0, p) for p in range(len(readers))])
+        dtype = torch.promote_types(writer.dtype, readers[0][0].dtype)
+        columns = [reader.to(dtype) for reader, _ in readers]
+        found = self._overlaps([writer.to(dtype)], columns, [(0, p) for p in range(len(readers))])
         values = np.empty((len(rows.heads), len(reference.heads), len(readers)), dtype=np.float32)
         for p in range(len(readers)):
-            score = np.sqrt(np.maximum(found[0, p], 0.0))
+            score = np.sqrt(np.maximum(found[0, p], 0.0)) / np.outer(writer_norms, readers[p][1])
             defined = defined_pairs(rows.heads, reference.heads, False, self.layer_order)
             values[:, :, p] = np.where(defined, self._above_baseline(score), np.nan)
         chance = np.full((1, 1, len(readers)), self.d_model_**-0.5)
@@ -455,17 +455,18 @@ class CompositionScore(_PairwiseKernel):
 
     def _factors(
         self, outer: torch.Tensor, inner: torch.Tensor, source: HeadInput, pair: str
-    ) -> torch.Tensor:
-        """Unit factors of the maps through which the heads write or read, none of them zero."""
-        factors, strengths = map_factors(outer, inner)
-        zero = np.flatnonzero((strengths == 0).cpu().numpy())
+    ) -> tuple[torch.Tensor, NDArray[np.float64]]:
+        """Factors of the maps through which the heads write or read, and their norms, none zero."""
+        factors, found = map_factors(outer, inner)
+        norms = found.cpu().numpy().astype(np.float64)
+        zero = np.flatnonzero(norms == 0)
         if zero.size:
             name, label = "OV" if pair == "OV" else "QK", head_labels(source.heads)[zero[0]]
             raise DegenerateHeadError(
                 f"{type(self).__name__}: the {name} map of {label} is zero, so that nothing "
                 "composes with it; drop the head, for example heads.drop(index=...)"
             )
-        return factors
+        return factors, norms
 
 
 def _roles_in(pairs: Sequence[str]) -> list[str]:

@@ -40,7 +40,7 @@ def gram_roots(stack: torch.Tensor) -> torch.Tensor:
 
 
 def map_factors(outer: torch.Tensor, inner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factors Y of unit norm with ``||Y^T x||`` proportional to ``||inner (outer^T x)||``.
+    """Factors Y with ``||Y^T x||`` proportional to ``||inner (outer^T x)||``.
 
     Whatever reads or writes through the map ``outer inner^T`` sees only ``Y = outer L`` with ``L
     L^T = inner^T inner``, of the shape of `outer`. Where the two sides nearly cancel, the product
@@ -54,22 +54,21 @@ def map_factors(outer: torch.Tensor, inner: torch.Tensor) -> tuple[torch.Tensor,
     Returns
     -------
     factors : Tensor of shape (n_heads, d_model, d_head)
-        Of Frobenius norm 1; zero where the map is zero.
-    strengths : Tensor of shape (n_heads,), float64
-        Norm of the map relative to the product of the norms of its sides, in [0, 1].
+        Of the scale of 1, whatever the scale of the sides.
+    norms : Tensor of shape (n_heads,), float64
+        Their Frobenius norms; 0 where the map is zero.
     """
     (outer, outer_norms), (inner, inner_norms) = (_within_range(x) for x in (outer, inner))
     scale = _reciprocal(outer_norms * inner_norms)
     factors = outer @ _scaled(gram_roots(inner), scale)
-    strengths = frobenius_norms(factors)
-    weak = strengths < _CANCELLING
+    norms = frobenius_norms(factors)
+    weak = norms < _CANCELLING
     if weak.any():
         exact = wide(outer[weak]) @ _scaled(gram_roots(wide(inner[weak])), scale[weak])
-        strengths[weak] = frobenius_norms(exact)
-        strengths[weak] *= strengths[weak] > _ZERO
-        factors[weak] = _scaled(exact, _reciprocal(strengths[weak])).to(factors.dtype)
-    factors *= torch.where(weak, 1.0, _reciprocal(strengths))[:, None, None].to(factors.dtype)
-    return factors, strengths
+        left = frobenius_norms(exact)
+        factors[weak] = _scaled(exact, _reciprocal(left)).to(factors.dtype)
+        norms[weak] = (left > _ZERO).to(norms.dtype)
+    return factors, norms
 
 
 def _within_range(stack: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
