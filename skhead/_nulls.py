@@ -28,11 +28,13 @@ from skhead.stats.haar import HaarMoments, haar_moments
 from skhead.stats.haar_tails import haar_log_pvalue
 from skhead.stats.leave_out import leave_one_out_means
 from skhead.stats.log_tails import pearson3_log_tail
+from skhead.stats.macg import projector_from_covariance
 from skhead.stats.polish import MedianPolish, median_polish
 from skhead.stats.signflip import pooled_eigenbasis, signflip_moments
 
 __all__ = [
     "AnisotropicNull",
+    "CovarianceNull",
     "EmpiricalLaw",
     "GaussianNull",
     "HaarNull",
@@ -115,7 +117,16 @@ def normal_log_p(z: FloatArray, side: str) -> FloatArray:
 
 
 class HaarNull(NullLaw):
-    """Independent uniformly random subspaces of the measured ranks."""
+    """Independent uniformly random subspaces of the measured ranks.
+
+    Parameters
+    ----------
+    random_state : int
+        Seed of the draws that stand in for a closed form at ranks 2 and 3.
+    """
+
+    def __init__(self, random_state: int) -> None:
+        self.random_state = random_state
 
     def fit(self, similarity: Similarity) -> None:
         """Learn nothing: the law follows from ranks and dimension."""
@@ -123,7 +134,7 @@ class HaarNull(NullLaw):
     def judge(self, similarity: Similarity, p: int, scores: FloatArray, side: str) -> Judgement:
         r, s, d = _sizes(similarity, p)
         moments = haar_moments(r, s, d)
-        log_p = haar_log_pvalue(scores, r, s, d, side=side)
+        log_p = haar_log_pvalue(scores, r, s, d, side=side, random_state=self.random_state)
         return Judgement(moments.mean, _standardised(scores, moments), log_p)
 
 
@@ -207,6 +218,47 @@ class AnisotropicNull(NullLaw):
                 )
                 moments = self.moments(pair, int(g), int(h))
                 z[block] = (scores[block] - mean[block]) / np.sqrt(moments.variance)
+                skewness = _skewness(similarity, p, moments.effective_dimension)
+                log_p[block] = _skewed_log_p(z[block], skewness, side)
+        return Judgement(mean, z, log_p)
+
+
+class CovarianceNull(NullLaw):
+    """Independent subspaces spanned by Gaussian vectors of a given covariance.
+
+    Parameters
+    ----------
+    covariance : ndarray of shape (d_model, d_model)
+        Of activations, embeddings or whatever the heads are thought to draw their directions from.
+    """
+
+    def __init__(self, covariance: NDArray[np.floating]) -> None:
+        self.covariance = covariance
+
+    def fit(self, similarity: Similarity) -> None:
+        if self.covariance.shape != (similarity.d_model,) * 2:
+            raise HeadShapeError(
+                f"NullCalibrator: covariance has shape {self.covariance.shape}, and these heads "
+                f"live in {similarity.d_model} dimensions"
+            )
+        self._moments: dict[tuple[int, int], AnisotropicMoments] = {}
+
+    def moments(self, r: int, s: int) -> AnisotropicMoments:
+        """Moments of subspaces of two ranks."""
+        if (r, s) not in self._moments:
+            means = (projector_from_covariance(self.covariance, rank) for rank in (r, s))
+            self._moments[r, s] = anisotropic_moments(*means)
+        return self._moments[r, s]
+
+    def judge(self, similarity: Similarity, p: int, scores: FloatArray, side: str) -> Judgement:
+        mean, z, log_p = np.full((3, *scores.shape), np.nan)
+        rows, columns = similarity.row_ranks[:, p], similarity.column_ranks[:, p]
+        for r in np.unique(rows):
+            for s in np.unique(columns):
+                block = np.ix_(np.flatnonzero(rows == r), np.flatnonzero(columns == s))
+                moments = self.moments(int(r), int(s))
+                mean[block] = moments.mean
+                z[block] = (scores[block] - moments.mean) / np.sqrt(moments.variance)
                 skewness = _skewness(similarity, p, moments.effective_dimension)
                 log_p[block] = _skewed_log_p(z[block], skewness, side)
         return Judgement(mean, z, log_p)

@@ -22,6 +22,7 @@ from sklearn.utils.validation import (
 from skhead._base import check_option, check_same_record
 from skhead._nulls import (
     AnisotropicNull,
+    CovarianceNull,
     EmpiricalLaw,
     GaussianNull,
     HaarNull,
@@ -98,6 +99,11 @@ class NullCalibrator(TransformerMixin, BaseEstimator):
     shrinkage : float or None, default=None
         For "anisotropic": how far the mean projectors are drawn towards isotropy, 0 to 1; None is
         0, or 0.5 with groups, where a mean is taken over few heads.
+    covariance : ndarray of shape (d_model, d_model) or None, default=None
+        For "anisotropic": the law of subspaces spanned by Gaussian vectors of this covariance, such
+        as that of activations or embeddings, in place of one fitted to the training heads.
+    random_state : int or None, default=None
+        For "haar" at ranks 2 and 3, whose tails are drawn: the seed; None is 0.
     d_model : int or None, default=None
         For a plain array: dimension of the space. A `Similarity` knows its own.
     rank : int, tuple of (int, int) or None, default=None
@@ -141,6 +147,8 @@ class NullCalibrator(TransformerMixin, BaseEstimator):
         fdr: str = "bh",
         tails: str = "normal",
         shrinkage: float | None = None,
+        covariance: NDArray[np.floating] | None = None,
+        random_state: int | None = None,
         d_model: int | None = None,
         rank: int | tuple[int, int] | None = None,
     ) -> None:
@@ -151,6 +159,8 @@ class NullCalibrator(TransformerMixin, BaseEstimator):
         self.fdr = fdr
         self.tails = tails
         self.shrinkage = shrinkage
+        self.covariance = covariance
+        self.random_state = random_state
         self.d_model = d_model
         self.rank = rank
 
@@ -236,12 +246,14 @@ class NullCalibrator(TransformerMixin, BaseEstimator):
                 f"NullCalibrator: shrinkage must lie between 0 and 1, got {shrinkage!r}"
             )
         laws: dict[str, Callable[[], NullLaw]] = {
-            "haar": HaarNull,
+            "haar": lambda: HaarNull(0 if self.random_state is None else self.random_state),
             "gaussian": GaussianNull,
             "anisotropic": lambda: AnisotropicNull(by_layer, shrinkage),
             "signflip": SignflipNull,
             "empirical": lambda: EmpiricalLaw(self.tails),
         }
+        if self.null == "anisotropic" and self.covariance is not None:
+            return CovarianceNull(np.asarray(self.covariance, dtype=np.float64))
         return laws[self.null]()
 
     def _open(self, X: Any, reset: bool) -> Similarity:

@@ -445,3 +445,40 @@ def test_precision_of_z():
         for x in (stack.astype(np.float32).astype(np.float64), stack.astype(np.float32))
     )
     assert np.abs(wide - narrow).max() < 1e-4
+
+
+def test_given_covariance():
+    """An isotropic one is the Haar law; that of the heads' own background explains them."""
+    weights = preferring(n_layers=2, n_heads=40, d_model=96, decay=1.5)
+    with registered(weights) as heads:
+        similarity = ProjectionKernel(pairs=["OQ"]).fit_transform(heads)
+    laws = {
+        "haar": NullCalibrator(side="upper"),
+        "identity": NullCalibrator("anisotropic", side="upper", covariance=np.eye(96)),
+        "own": NullCalibrator(
+            "anisotropic", side="upper", covariance=np.diag(np.arange(1.0, 97) ** -1.5)
+        ),
+    }
+    z = {name: law.fit_transform(similarity).values for name, law in laws.items()}
+    np.testing.assert_allclose(z["identity"], z["haar"], rtol=0.03, atol=0.02)
+    assert abs(np.nanmean(z["own"])) < 0.7 < 1 < np.nanmean(z["haar"])
+    with pytest.raises(HeadShapeError, match="covariance has shape .* live in 96 dimensions"):
+        NullCalibrator("anisotropic", covariance=np.eye(5)).fit(similarity)
+
+
+def test_drawn_tails_follow_the_seed():
+    X = np.random.default_rng(0).uniform(0.1, 0.6, (4, 4))
+    same = [
+        NullCalibrator(output="log_p", d_model=20, rank=2, random_state=seed).fit_transform(X)
+        for seed in (3, 3, None)
+    ]
+    np.testing.assert_array_equal(same[0], same[1])
+    np.testing.assert_allclose(same[0], same[2], atol=0.05)
+
+
+def test_a_layer_of_one_head_cannot_be_judged_without_itself():
+    with toy_heads(n_layers=2, n_heads=5) as heads:
+        rows = heads.drop(index=["L1H1", "L1H2", "L1H3", "L1H4"])
+        similarity = ProjectionKernel(pairs=["OQ"]).fit_transform(rows)
+        with pytest.raises(ValueError, match="leav"):
+            NullCalibrator("anisotropic", groups="layer").fit_transform(similarity)
