@@ -305,7 +305,7 @@ def test_untrained_gpt2_shape_gives_no_discoveries(tmp_path):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        n_layer=6, vocab_size=50, n_positions=8, n_inner=8, bos_token_id=0, eos_token_id=0
+        vocab_size=50, n_positions=8, n_inner=8, bos_token_id=0, eos_token_id=0
     )
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
     import skhead
