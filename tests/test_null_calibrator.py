@@ -331,7 +331,6 @@ def test_published_rates_on_gpt2(gpt2_path):
     frame = law.transform(similarity).to_frame()
     rates = (frame["q"] < 0.05).groupby(frame["pair"]).mean()
     assert rates[["OQ", "OK", "OV"]].tolist() == pytest.approx([0.483, 0.508, 0.267], abs=5e-3)
-    assert isinstance(frame, pd.DataFrame)
 
 
 def test_empirical_and_signflip_rates_on_gpt2(gpt2_path):
@@ -392,7 +391,7 @@ def test_hub_is_found_by_permutation():
     circuit = head_permutation_test(similarity, "edge_mean", edges=edges, **options)
     assert circuit.loc["edge_mean", "p_value"] < 0.01
     found = head_permutation_test(similarity, "average_precision", classes=classes, **options)
-    assert 1 / 24 < found["statistic"].iloc[0] <= 1
+    assert found["statistic"].iloc[0] >= 0.5  # first, or level with the head it meets best
     nodes = head_permutation_test(similarity, "in_class_nodes", classes=classes, k=8, **options)
     assert nodes["statistic"].iloc[0] == 1
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from skhead.exceptions import MemoryBudgetError
+from skhead.linalg.factored import frobenius_norms
 from skhead.linalg.precision import fast_float32_matmul, wide
 
 __all__ = ["OverlapPlan", "overlap_blocks", "plan_overlaps"]
@@ -253,7 +254,7 @@ class _PackedSide:
         self.width = plan.width
         self.n_panels = -(-self.d_model // self.width)
         first = stacks[0]
-        self._traces = torch.cat([_squared_norms(stack) for stack in stacks])
+        self._traces = torch.cat([frobenius_norms(stack) for stack in stacks]).square()
         self._levels = (self._traces / self.d_model).to(first.dtype)
         self._packed = first.new_empty(self.starts[-1] * self.width**2)
         total_rank = sum(len(stack) * stack.shape[2] for stack in stacks)
@@ -295,11 +296,6 @@ class _PackedSide:
         a, b = wide(self._levels[rows, None]), wide(other._levels[None, columns])
         trace_a, trace_b = self._traces[rows, None], other._traces[None, columns]
         return a * trace_b + b * trace_a - a * b * self.d_model
-
-
-def _squared_norms(stack: torch.Tensor) -> torch.Tensor:
-    """Squared Frobenius norms; only the short sums along a row are left to the dtype."""
-    return wide(torch.linalg.vector_norm(stack, dim=2)).square().sum(1)
 
 
 def _plan_direct(

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from skhead.exceptions import HeadShapeError, MemoryBudgetError
-from skhead.linalg.precision import fast_float32_matmul
+from skhead.linalg.precision import fast_float32_matmul, wide
 
 __all__ = ["SignflipMoments", "pooled_eigenbasis", "signflip_moments"]
 
@@ -126,7 +126,7 @@ def signflip_moments(
         )
     with fast_float32_matmul(left.device):
         energies = [stack.square().sum(2) for stack in (left, right)]
-        mean = _wide(energies[0]) @ _wide(energies[1]).T
+        mean = wide(energies[0]) @ wide(energies[1]).T
         variance = 4 * _upper_products(left, right, max_memory)
     return SignflipMoments(*(part.cpu().numpy().astype(np.float64) for part in (mean, variance)))
 
@@ -134,7 +134,7 @@ def signflip_moments(
 def _upper_products(left: torch.Tensor, right: torch.Tensor, max_memory: int) -> torch.Tensor:
     """``sum_{k < l} P_kl^2 Q_kl^2`` of all pairs, some lines of the projectors at a time."""
     d_model = left.shape[1]
-    total = _wide(left.new_zeros(len(left), len(right)))
+    total = wide(left.new_zeros(len(left), len(right)))
     start = 0
     while start < d_model - 1:
         width = d_model - start
@@ -179,8 +179,3 @@ def _in_axes(stack: torch.Tensor, axes: torch.Tensor | None) -> torch.Tensor:
             "eigenvectors, such as those of pooled_eigenbasis"
         )
     return own.T @ stack
-
-
-def _wide(values: torch.Tensor) -> torch.Tensor:
-    """Float64 where the device has it."""
-    return values if values.device.type == "mps" else values.double()
