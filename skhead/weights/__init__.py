@@ -12,17 +12,21 @@ from skhead.weights.table import (
     describe_sources,
     load_heads,
 )
+from skhead.weights.tokens import Rotary, TokenSpace, read_token_space
 
 __all__ = [
     "HEAD_COLUMNS",
     "RoleStack",
+    "Rotary",
     "SourceInfo",
+    "TokenSpace",
     "check_heads",
     "describe_sources",
     "head_labels",
     "load_heads",
     "load_weights",
     "read_role",
+    "read_token_space",
     "register_model",
     "unregister_model",
 ]

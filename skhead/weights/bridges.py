@@ -10,12 +10,39 @@ import torch
 
 from skhead.exceptions import UnsupportedLayoutError
 from skhead.weights.families import FAMILIES
-from skhead.weights.layouts import ROLES, NormFacts, NormKind, Placement, norm_facts
+from skhead.weights.layouts import (
+    ROLES,
+    Config,
+    NormFacts,
+    Part,
+    Placement,
+    adapt_part,
+    norm_facts,
+)
+from skhead.weights.lens_tokens import NATIVE, native_norm_kind, under_lens_names
+from skhead.weights.token_layouts import Tokens
 
-__all__ = ["BridgeTensors", "is_bridge", "norm_of"]
+__all__ = ["BridgeTensors", "is_bridge", "norm_of", "tokens_of"]
 
-_NATIVE = "TransformerLensNative"
 _NORMS = {"ln1": "ln1.w", "ln1_post": "ln1_post.w"}
+_ENDS = {
+    "embed.W_E": ("embed", "W_E"),
+    "unembed.W_U": ("unembed", "W_U"),
+    "pos_embed.W_pos": ("pos_embed", "W_pos"),
+    "ln_final.w": ("ln_final", "weight"),
+    "ln_final.b": ("ln_final", "bias"),
+    "embed.ln.w": ("embed_ln", "weight"),
+}
+_NATIVE_SETTINGS = (
+    "architecture",
+    "normalization_type",
+    "rmsnorm_uses_offset",
+    "final_rms",
+    "positional_embedding_type",
+    "rotary_dim",
+    "rotary_base",
+    "rope_scaling",
+)
 
 
 def is_bridge(module: torch.nn.Module) -> bool:
@@ -25,7 +52,7 @@ def is_bridge(module: torch.nn.Module) -> bool:
 
 
 class BridgeTensors(Mapping[str, torch.Tensor]):
-    """The attention matrices and norm gains of a bridge, made when they are asked for.
+    """The attention, norm gains and token tables of a bridge, made when they are asked for.
 
     Parameters
     ----------
@@ -48,6 +75,11 @@ class BridgeTensors(Mapping[str, torch.Tensor]):
         self._makers: dict[str, Callable[[], torch.Tensor]] = {}
         for index, block in enumerate(bridge.blocks):
             self._add_block(f"blocks.{index}.", block, label)
+
+        for name, (component, attribute) in _ENDS.items():
+            owner = getattr(bridge, component, None)
+            if isinstance(getattr(owner, attribute, None), torch.Tensor):
+                self._makers[name] = _attribute(owner, attribute)
 
     def _add_block(self, prefix: str, block: Any, label: str) -> None:
         self._makers[f"{prefix}present"] = lambda: torch.empty(0)
@@ -97,27 +129,32 @@ def norm_of(bridge: Any) -> NormFacts:
     The family table knows where the norms of an architecture sit; for an architecture that it does
     not hold, folding is refused rather than guessed.
     """
-    settings = bridge.cfg
-    if settings.architecture == _NATIVE:
-        return NormFacts(_native_kind(settings), _native_placement(settings))
-    config: Any = getattr(getattr(bridge, "original_model", None), "config", None)
-    values = config.to_dict() if hasattr(config, "to_dict") else {}
-    for family in FAMILIES:
-        if values.get("model_type") in family.model_types and len(family.parts) == 1:
-            part = family.parts[0]
-            return norm_facts(part if family.adapt is None else family.adapt(values, part))
+    config, part = _known(bridge)
+    if config.get("architecture") == NATIVE:
+        placement: Placement = "none" if config["normalization_type"] is None else "pre"
+        return NormFacts(native_norm_kind(config), placement)
+    if part is not None:
+        return norm_facts(part)
     return NormFacts(
-        unfoldable=f"is a bridge of {settings.architecture}, and where the norms of that "
+        unfoldable=f"is a bridge of {bridge.cfg.architecture}, and where the norms of that "
         "architecture sit is not known"
     )
 
 
-def _native_kind(settings: Any) -> NormKind:
-    name = (settings.normalization_type or "").upper()
-    if name.startswith("RMS"):
-        return "rmsnorm+1" if settings.rmsnorm_uses_offset else "rmsnorm"
-    return "layernorm" if name.startswith("LN") else "none"
+def tokens_of(bridge: Any) -> tuple[Config, Tokens | None]:
+    """Return a bridge's configuration, and what the family table knows of its tokens."""
+    config, part = _known(bridge)
+    return config, None if part is None else under_lens_names(part.tokens)
 
 
-def _native_placement(settings: Any) -> Placement:
-    return "none" if settings.normalization_type is None else "pre"
+def _known(bridge: Any) -> tuple[Config, Part | None]:
+    """Return a bridge's configuration, and the part of the family table that describes it."""
+    settings = bridge.cfg
+    if settings.architecture == NATIVE:
+        return {name: getattr(settings, name, None) for name in _NATIVE_SETTINGS}, None
+    config: Any = getattr(getattr(bridge, "original_model", None), "config", None)
+    values: Config = config.to_dict() if hasattr(config, "to_dict") else {}
+    for family in FAMILIES:
+        if values.get("model_type") in family.model_types and len(family.parts) == 1:
+            return adapt_part(family, values, family.parts[0])
+    return values, None

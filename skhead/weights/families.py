@@ -5,6 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from skhead.exceptions import ConfigMismatchError
 from skhead.weights.layouts import (
@@ -17,6 +18,28 @@ from skhead.weights.layouts import (
     Projection,
     Storage,
 )
+from skhead.weights.token_families import (
+    ALBERT_TOKENS,
+    BERT_TOKENS,
+    BLOOM_TOKENS,
+    DISTILBERT_TOKENS,
+    FALCON_TOKENS,
+    GEMMA3_TOKENS,
+    GEMMA_TOKENS,
+    GPT_TOKENS,
+    GPTJ_TOKENS,
+    LLAMA_TOKENS,
+    MIXTRAL_TOKENS,
+    NEOX_TOKENS,
+    OPT_TOKENS,
+    PHI3_TOKENS,
+    PHI_TOKENS,
+    QUERY_KEY_NORM_TOKENS,
+    ROBERTA_TOKENS,
+    bart_tokens,
+    t5_tokens,
+)
+from skhead.weights.token_layouts import Positions, Tokens
 
 __all__ = ["FAMILIES"]
 
@@ -43,6 +66,7 @@ _LLAMA_PROJECTIONS = _separate(
 _LLAMA_PART = Part(
     _LLAMA_PROJECTIONS,
     norm=Norm("rmsnorm", "layers.{i}.input_layernorm.weight"),
+    tokens=LLAMA_TOKENS,
 )
 _GEMMA_NORM = Norm("rmsnorm+1", "layers.{i}.input_layernorm.weight")
 _GEMMA_WRITER_NORM = Norm("rmsnorm+1", "layers.{i}.post_attention_layernorm.weight")
@@ -61,10 +85,19 @@ def _llama_like(name: str, *model_types: str, **changes: object) -> Family:
     return replace(family, **changes)  # type: ignore[arg-type]
 
 
+def _tokens_of(part: Part, **changes: Any) -> Tokens:
+    return replace(part.tokens, **changes)
+
+
 def _adapt_opt(config: Config, part: Part) -> Part:
-    if config.get("do_layer_norm_before", True):
-        return part
-    return replace(part, norm=None, stream_norm="layernorm")
+    width = config.get("word_embed_proj_dim")
+    if width is not None and width != config.get("hidden_size"):
+        projections = {"into": "project_in.weight", "out_of": "project_out.weight"}
+        part = replace(part, tokens=_tokens_of(part, **projections))
+    before = config.get("do_layer_norm_before", True)
+    if not before or config.get("_remove_final_layer_norm", False):
+        part = replace(part, tokens=_tokens_of(part, final_norm=None))
+    return part if before else replace(part, norm=None, stream_norm="layernorm")
 
 
 def _adapt_bloom(config: Config, part: Part) -> Part:
@@ -77,9 +110,29 @@ def _adapt_falcon(config: Config, part: Part) -> Part:
     grouped = bool(config.get("new_decoder_architecture", False))
     norms = config.get("num_ln_in_parallel_attn")
     two_norms = norms == 2 or (norms is None and grouped)
+    if config.get("alibi", False):
+        part = replace(part, tokens=_tokens_of(part, positions=Positions("alibi")))
     if two_norms and config.get("parallel_attn", True):
         return replace(part, norm=Norm("layernorm", "h.{i}.ln_attn.weight"))
     return part
+
+
+def _adapt_phi(config: Config, part: Part) -> Part:
+    normed = bool(config.get("qk_layernorm", False))
+    return replace(part, tokens=_tokens_of(part, query_key_norm=normed))
+
+
+def _adapt_t5(config: Config, part: Part) -> Part:
+    """Logits are scaled down unless the checkpoint says that its embedding is not tied."""
+    untied = config.get("tie_word_embeddings", True) is False
+    scaled = bool(config.get("scale_decoder_outputs", not untied))
+    if part.name == "encoder" or config.get("model_type") != "t5":
+        return part
+    return replace(part, tokens=_tokens_of(part, logits_scaled=scaled))
+
+
+def _adapt_bart(config: Config, part: Part) -> Part:
+    return replace(part, tokens=_tokens_of(part, scaled=bool(config.get("scale_embedding", False))))
 
 
 def _choose_falcon_kv(config: Config) -> int | tuple[str, ...]:
@@ -118,8 +171,10 @@ def _albert_places(config: Config, n_layers: int, label: str) -> Iterator[dict[s
 
 _GPT_LAYERS = ("n_layer", "num_hidden_layers")
 _GPT_HEADS = ("n_head", "num_attention_heads")
-_BERT_PARTS = (
-    Part(
+
+
+def _bert_part(tokens: Tokens) -> Part:
+    return Part(
         _separate(
             "encoder.layer.{i}.attention.*.weight",
             "self.query",
@@ -128,8 +183,10 @@ _BERT_PARTS = (
             "output.dense",
         ),
         stream_norm="layernorm",
-    ),
-)
+        tokens=tokens,
+    )
+
+
 _T5_NAMES = ("q", "k", "v", "o")
 _BART_NAMES = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -143,6 +200,7 @@ def _t5_part(name: str, stack: str, sublayer: int, attention: str, layers: str) 
         norm=Norm("rmsnorm", f"{block}layer_norm.weight"),
         memory_norm=Norm("rmsnorm", "encoder.final_layer_norm.weight") if name == "cross" else None,
         name=name,
+        tokens=t5_tokens(stack, name),
     )
 
 
@@ -153,6 +211,7 @@ def _bart_part(name: str, stack: str, attention: str) -> Part:
         n_heads=(f"{stack}_attention_heads",),
         stream_norm="layernorm",
         name=name,
+        tokens=bart_tokens(stack, name),
     )
 
 
@@ -167,6 +226,7 @@ FAMILIES: tuple[Family, ...] = (
                 n_layers=_GPT_LAYERS,
                 n_heads=_GPT_HEADS,
                 norm=Norm("layernorm", "h.{i}.ln_1.weight"),
+                tokens=GPT_TOKENS,
             ),
         ),
         d_model=("n_embd", "hidden_size"),
@@ -181,6 +241,7 @@ FAMILIES: tuple[Family, ...] = (
                 n_layers=("num_layers", "num_hidden_layers"),
                 n_heads=("num_heads", "num_attention_heads"),
                 norm=Norm("layernorm", "h.{i}.ln_1.weight"),
+                tokens=GPT_TOKENS,
             ),
         ),
         d_model=("hidden_size",),
@@ -195,6 +256,7 @@ FAMILIES: tuple[Family, ...] = (
                 n_layers=_GPT_LAYERS,
                 n_heads=_GPT_HEADS,
                 norm=Norm("layernorm", "h.{i}.ln_1.weight"),
+                tokens=GPTJ_TOKENS,
             ),
         ),
         d_model=("n_embd", "hidden_size"),
@@ -211,6 +273,7 @@ FAMILIES: tuple[Family, ...] = (
                     grouped=True,
                 ),
                 norm=Norm("layernorm", "layers.{i}.input_layernorm.weight"),
+                tokens=NEOX_TOKENS,
             ),
         ),
         d_model=("hidden_size",),
@@ -223,6 +286,7 @@ FAMILIES: tuple[Family, ...] = (
             Part(
                 _separate("layers.{i}.self_attn.*.weight", *_BART_NAMES),
                 norm=Norm("layernorm", "layers.{i}.self_attn_layer_norm.weight"),
+                tokens=OPT_TOKENS,
             ),
         ),
         d_model=("hidden_size",),
@@ -242,6 +306,7 @@ FAMILIES: tuple[Family, ...] = (
                 n_layers=_GPT_LAYERS,
                 n_heads=_GPT_HEADS,
                 norm=Norm("layernorm", "h.{i}.input_layernorm.weight"),
+                tokens=BLOOM_TOKENS,
             ),
         ),
         d_model=("hidden_size", "n_embed"),
@@ -261,6 +326,7 @@ FAMILIES: tuple[Family, ...] = (
                 n_layers=_GPT_LAYERS,
                 n_heads=_GPT_HEADS,
                 norm=Norm("layernorm", "h.{i}.input_layernorm.weight"),
+                tokens=FALCON_TOKENS,
             ),
         ),
         d_model=("hidden_size",),
@@ -269,17 +335,31 @@ FAMILIES: tuple[Family, ...] = (
     ),
     _llama_like("llama"),
     _llama_like("mistral"),
-    _llama_like("mixtral"),
+    _llama_like(
+        "mixtral",
+        parts=(replace(_LLAMA_PART, tokens=MIXTRAL_TOKENS),),
+    ),
     _llama_like("qwen2"),
-    _llama_like("qwen3", defaults={"head_dim": 128}),
+    _llama_like(
+        "qwen3",
+        parts=(replace(_LLAMA_PART, tokens=QUERY_KEY_NORM_TOKENS),),
+        defaults={"head_dim": 128},
+    ),
     _llama_like(
         "gemma",
-        parts=(replace(_LLAMA_PART, norm=_GEMMA_NORM),),
+        parts=(replace(_LLAMA_PART, norm=_GEMMA_NORM, tokens=GEMMA_TOKENS),),
         defaults={"head_dim": 256},
     ),
     _llama_like(
         "gemma2",
-        parts=(replace(_LLAMA_PART, norm=_GEMMA_NORM, writer_norm=_GEMMA_WRITER_NORM),),
+        parts=(
+            replace(
+                _LLAMA_PART,
+                norm=_GEMMA_NORM,
+                writer_norm=_GEMMA_WRITER_NORM,
+                tokens=GEMMA_TOKENS,
+            ),
+        ),
         defaults={"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
     ),
     _llama_like(
@@ -287,7 +367,14 @@ FAMILIES: tuple[Family, ...] = (
         "gemma3",
         "gemma3_text",
         prefixes=("language_model.model.", "model.language_model.", "model.", ""),
-        parts=(replace(_LLAMA_PART, norm=_GEMMA_NORM, writer_norm=_GEMMA_WRITER_NORM),),
+        parts=(
+            replace(
+                _LLAMA_PART,
+                norm=_GEMMA_NORM,
+                writer_norm=_GEMMA_WRITER_NORM,
+                tokens=GEMMA3_TOKENS,
+            ),
+        ),
         defaults={"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
         nested="text_config",
     ),
@@ -300,8 +387,10 @@ FAMILIES: tuple[Family, ...] = (
                     "layers.{i}.self_attn.*.weight", "q_proj", "k_proj", "v_proj", "dense"
                 ),
                 norm=Norm("layernorm", "layers.{i}.input_layernorm.weight"),
+                tokens=PHI_TOKENS,
             ),
         ),
+        adapt=_adapt_phi,
     ),
     _llama_like(
         "phi3",
@@ -311,6 +400,7 @@ FAMILIES: tuple[Family, ...] = (
                 projections=_fused(
                     "layers.{i}.self_attn.qkv_proj.weight", "layers.{i}.self_attn.o_proj.weight"
                 ),
+                tokens=PHI3_TOKENS,
             ),
         ),
     ),
@@ -321,15 +411,22 @@ FAMILIES: tuple[Family, ...] = (
                 _LLAMA_PART,
                 norm=None,
                 writer_norm=Norm("rmsnorm", "layers.{i}.post_attention_layernorm.weight"),
+                tokens=QUERY_KEY_NORM_TOKENS,
             ),
         ),
     ),
-    Family("bert", ("bert",), prefixes=("bert.", ""), parts=_BERT_PARTS, d_model=("hidden_size",)),
+    Family(
+        "bert",
+        ("bert",),
+        prefixes=("bert.", ""),
+        parts=(_bert_part(BERT_TOKENS),),
+        d_model=("hidden_size",),
+    ),
     Family(
         "roberta",
         ("roberta", "xlm-roberta", "camembert"),
         prefixes=("roberta.", ""),
-        parts=_BERT_PARTS,
+        parts=(_bert_part(ROBERTA_TOKENS),),
         d_model=("hidden_size",),
     ),
     Family(
@@ -344,6 +441,7 @@ FAMILIES: tuple[Family, ...] = (
                 n_layers=("n_layers", "num_hidden_layers"),
                 n_heads=("n_heads", "num_attention_heads"),
                 stream_norm="layernorm",
+                tokens=DISTILBERT_TOKENS,
             ),
         ),
         d_model=("dim", "hidden_size"),
@@ -362,6 +460,7 @@ FAMILIES: tuple[Family, ...] = (
                     "dense",
                 ),
                 stream_norm="layernorm",
+                tokens=ALBERT_TOKENS,
             ),
         ),
         d_model=("hidden_size",),
@@ -379,6 +478,7 @@ FAMILIES: tuple[Family, ...] = (
         d_model=("d_model", "hidden_size"),
         d_head=("d_kv",),
         defaults={"num_decoder_layers": "num_layers", "d_kv": 64},
+        adapt=_adapt_t5,
     ),
     Family(
         "bart",
@@ -390,5 +490,6 @@ FAMILIES: tuple[Family, ...] = (
             _bart_part("cross", "decoder", "encoder_attn"),
         ),
         d_model=("d_model", "hidden_size"),
+        adapt=_adapt_bart,
     ),
 )

@@ -13,6 +13,7 @@ from skhead.weights.layouts import ModelPlan, NormFacts
 from skhead.weights.lens import has_lens_names, plan_lens_model
 from skhead.weights.planning import plan_model
 from skhead.weights.readers import SafetensorsReader, TensorReader, open_torch_file
+from skhead.weights.token_layouts import Tokens
 
 __all__ = [
     "CONFIG_NAME",
@@ -45,6 +46,8 @@ class Checkpoint:
         Commit of a hub repository.
     norm : NormFacts or None
         What is known of the norms beside tensors under TransformerLens' names.
+    tokens : Tokens or None
+        What is known of tokens and positions beside tensors under these names.
     """
 
     address: str
@@ -52,6 +55,7 @@ class Checkpoint:
     config: Mapping[str, Any] | None
     revision: str | None = None
     norm: NormFacts | None = None
+    tokens: Tokens | None = None
 
     def plan(self, part: str | None) -> ModelPlan:
         """Return the address of every head matrix, checked against the tensors."""

@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import torch
 
+from skhead.weights.token_layouts import Norm, NormKind, Tokens
+
 __all__ = [
     "PART_NAMES",
     "ROLES",
@@ -26,6 +28,7 @@ __all__ = [
     "Part",
     "Projection",
     "Slot",
+    "adapt_part",
     "cut_heads",
     "norm_facts",
     "slot_shape",
@@ -34,7 +37,6 @@ __all__ = [
 ROLES = "QKVO"
 PART_NAMES = ("encoder", "decoder", "cross")
 
-NormKind = Literal["layernorm", "rmsnorm", "rmsnorm+1", "none"]
 Placement = Literal["pre", "post", "pre+post", "none"]
 Storage = Literal["linear", "conv1d", "per_head"]
 Packing = Literal["concatenated", "grouped"]
@@ -68,14 +70,6 @@ class Projection:
 
 
 @dataclass(frozen=True)
-class Norm:
-    """A normalisation: its kind and the name of its gain vector."""
-
-    kind: NormKind
-    gain: str
-
-
-@dataclass(frozen=True)
 class Part:
     """One stack of attention layers: the whole model, or a part of an encoder-decoder.
 
@@ -83,6 +77,8 @@ class Part:
     ----------
     projections : tuple of Projection
         Together they hold each of the roles Q, K, V and O once.
+    tokens : Tokens
+        What stands at the ends of the stream.
     n_layers, n_heads : tuple of str
         Configuration keys, synonyms of each other, of the number of layers and of query heads.
     norm : Norm or None
@@ -98,6 +94,7 @@ class Part:
     """
 
     projections: tuple[Projection, ...]
+    tokens: Tokens
     n_layers: tuple[str, ...] = ("num_hidden_layers",)
     n_heads: tuple[str, ...] = ("num_attention_heads",)
     norm: Norm | None = None
@@ -220,6 +217,13 @@ class ModelPlan:
     def layer(self, index: int) -> LayerPlan | None:
         """Return the plan of layer `index`, None where that layer has no attention."""
         return next((plan for plan in self.layers if plan.layer == index), None)
+
+
+def adapt_part(family: Family, config: Config, part: Part) -> tuple[Config, Part]:
+    """Return the configuration of the language model, and the part as its switches make it."""
+    inner = config.get(family.nested) if family.nested else None
+    config = inner if isinstance(inner, dict) else config
+    return config, part if family.adapt is None else family.adapt(config, part)
 
 
 def norm_facts(part: Part) -> NormFacts:

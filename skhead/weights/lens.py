@@ -13,13 +13,13 @@ from skhead.weights.layouts import (
     LayerPlan,
     ModelPlan,
     NormFacts,
-    NormKind,
     Placement,
     Projection,
     Slot,
 )
 from skhead.weights.planning import check_tensors
 from skhead.weights.readers import TensorReader
+from skhead.weights.token_layouts import NormKind
 
 __all__ = ["LENS_FAMILY", "has_lens_names", "plan_lens_model"]
 

@@ -15,7 +15,7 @@ from skhead.weights.layouts import PART_NAMES
 from skhead.weights.lens import has_lens_names
 from skhead.weights.readers import MappingReader
 
-__all__ = ["is_registered", "open_live", "register_model", "unregister_model"]
+__all__ = ["is_registered", "live_module", "open_live", "register_model", "unregister_model"]
 
 _MODELS: dict[str, Any] = {}
 _COMPILED = "_orig_mod"  # where torch.compile keeps the module that it wraps
@@ -106,6 +106,11 @@ def is_registered(name: str) -> bool:
     return name in _MODELS
 
 
+def live_module(name: str) -> Any:
+    """Return what was registered under a name."""
+    return _MODELS[name]
+
+
 def open_live(name: str) -> Checkpoint:
     """Return a registered model's present weights."""
     return _open(_MODELS[name], name)
@@ -124,11 +129,12 @@ def _open(module: Any, name: str) -> Checkpoint:
     module = getattr(module, _COMPILED, module)
     if bridges.is_bridge(module):
         reader = MappingReader(label, bridges.BridgeTensors(module, label))
-        return Checkpoint(name, reader, config=None, norm=bridges.norm_of(module))
-    config: Any = getattr(module, "config", None)
-    if hasattr(config, "to_dict"):
+        config, tokens = bridges.tokens_of(module)
+        return Checkpoint(name, reader, config, norm=bridges.norm_of(module), tokens=tokens)
+    settings: Any = getattr(module, "config", None)
+    if hasattr(settings, "to_dict"):
         tensors = _uncompiled_names(module.state_dict(), label)
-        return Checkpoint(name, MappingReader(label, tensors), config.to_dict())
+        return Checkpoint(name, MappingReader(label, tensors), settings.to_dict())
     raise UnsupportedLayoutError(
         f"{label}: a {type(module).__name__} has no Hugging Face config and is no TransformerLens "
         "bridge. Pass a mapping of tensors named like blocks.0.attn.W_Q (heads, d_model, d_head)."

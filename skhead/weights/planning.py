@@ -17,12 +17,20 @@ from skhead.weights.layouts import (
     Part,
     Projection,
     Slot,
+    adapt_part,
     norm_facts,
     slot_shape,
 )
 from skhead.weights.readers import TensorReader, torch_dtype
 
-__all__ = ["check_tensors", "choose_part", "family_of", "plan_model"]
+__all__ = [
+    "check_tensors",
+    "choose_part",
+    "family_of",
+    "find_prefix",
+    "plan_model",
+    "resolve",
+]
 
 _FIELD = re.compile(r"\\\{(\w)\\\}")
 _TOO_LARGE = 2**63
@@ -164,15 +172,10 @@ def plan_model(config: Config, reader: TensorReader, part: str | None = None) ->
     CheckpointError
         If a tensor is missing.
     """
-    family = family_of(config, reader)
-    inner = config.get(family.nested) if family.nested else None
-    config = inner if isinstance(inner, dict) else config
-    chosen = choose_part(family, part, reader.label)
-    if family.adapt is not None:
-        chosen = family.adapt(config, chosen)
+    family, config, chosen = resolve(config, reader, part)
     sizes = _Dimensions(config, family, chosen, reader.label)
     wanted = family.places(config, sizes.n_layers, reader.label)
-    prefix = _find_prefix(family, chosen, reader)
+    prefix = find_prefix(family, chosen, reader)
     places = _check_layers(prefix, chosen, wanted, reader, sizes)
     layers = tuple(
         _plan_layer(index, place, prefix, chosen, sizes) for index, place in enumerate(places)
@@ -188,6 +191,34 @@ def plan_model(config: Config, reader: TensorReader, part: str | None = None) ->
     )
     check_tensors(plan, reader, sizes.words())
     return plan
+
+
+def resolve(config: Config, reader: TensorReader, part: str | None) -> tuple[Family, Config, Part]:
+    """Return the family, the configuration of its language model, and the adapted part.
+
+    Parameters
+    ----------
+    config : mapping
+        Content of ``config.json``.
+    reader : TensorReader
+    part : {"encoder", "decoder", "cross"} or None
+
+    Returns
+    -------
+    family : Family
+    config : mapping
+    part : Part
+
+    Raises
+    ------
+    UnsupportedLayoutError
+        If the architecture is unknown.
+    ValueError
+        If the model has parts and none is named, or has none and one is named.
+    """
+    family = family_of(config, reader)
+    chosen = choose_part(family, part, reader.label)
+    return family, *adapt_part(family, config, chosen)
 
 
 def _plan_layer(
@@ -230,7 +261,16 @@ def _layers_found(
     return found
 
 
-def _find_prefix(family: Family, part: Part, reader: TensorReader) -> str:
+def find_prefix(family: Family, part: Part, reader: TensorReader) -> str:
+    """Return what stands in front of the family's tensor names in this checkpoint.
+
+    Raises
+    ------
+    UnsupportedLayoutError
+        If attention is found after several of the family's prefixes.
+    CheckpointError
+        If it is found after none.
+    """
     names = reader.names()
     fitting = [prefix for prefix in family.prefixes if _layers_found(prefix, part, names)]
     if len(fitting) == 1:

@@ -20,7 +20,7 @@ import pytest
 
 import skhead
 from skhead.exceptions import SourceNotFoundError, UnsafeCheckpointError
-from skhead.weights import describe_sources
+from skhead.weights import describe_sources, read_token_space
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OLD = "89abcdef0123456789abcdef0123456789abcdef"
@@ -66,6 +66,19 @@ def test_cached_repository_offline(writer, cache, request, llama_tensors, llama_
         np.testing.assert_array_equal(
             skhead.load_weights(heads, role), skhead.load_weights(local, role)
         )
+
+
+def test_tokens_of_a_cached_repository(cache, write_sharded, llama_tensors, llama_config):
+    model = write_sharded(llama_tensors, llama_config)
+    _fill_cache(cache, "org/tiny", model, {"main": COMMIT})
+    source = skhead.load_heads("org/tiny")["source"].iloc[0]
+    space = read_token_space(source)
+    assert np.array_equal(space.embedding, llama_tensors["model.embed_tokens.weight"])
+    assert f"no tensor 'lm_head.weight' in {source}" in space.missing["unembedding"]
+    (cache / "models--org--tiny/snapshots" / COMMIT / "model-rest.safetensors").unlink()
+    assert read_token_space(source, tables=()).rotary.n_dims == 8
+    with pytest.raises(SourceNotFoundError, match=r"model-rest\.safetensors is not in the local"):
+        read_token_space(source)
 
 
 def test_revisions_are_kept_apart(cache, write_model, llama_tensors, llama_config):
