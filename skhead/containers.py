@@ -3,217 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import DTypeLike, NDArray
 
 from skhead.exceptions import HeadShapeError
 from skhead.linalg.topk import largest_entries
+from skhead.subspaces import Frozen, RoleBases, Subspaces, row_positions
 from skhead.weights import head_labels
 
 if TYPE_CHECKING:
     import networkx
 
-__all__ = ["Calibration", "RoleBases", "Similarity", "Subspaces", "head_codes"]
+__all__ = [
+    "Calibration",
+    "RoleBases",
+    "Similarity",
+    "Subspaces",
+    "head_codes",
+    "similarity_in",
+]
 
 _HEAD = ["source", "layer", "head"]
 
 
-def _freeze(value: Any) -> Any:
-    """Plain, content-hashable form of a field: tensors as numpy, tables as columns of lists."""
-    if isinstance(value, torch.Tensor):
-        return np.ascontiguousarray(value.detach().cpu().numpy())
-    if isinstance(value, np.ndarray):
-        return np.ascontiguousarray(value)
-    if isinstance(value, pd.DataFrame):
-        columns = {name: value[name].tolist() for name in value.columns}
-        return {"index": list(value.index), "columns": columns}
-    return value
-
-
-class _Frozen:
-    """Pickling by content: no tensor and no view of a larger array ever enters the state."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {f.name: _freeze(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            object.__setattr__(self, name, self._thaw(name, value))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return self
-
-    @staticmethod
-    def _thaw(name: str, value: Any) -> Any:
-        if name in ("heads", "rows", "columns"):
-            return pd.DataFrame(value["columns"], index=pd.Index(value["index"], dtype=object))
-        return value
-
-
 @dataclass(frozen=True, eq=False)
-class RoleBases(_Frozen):
-    """Orthonormal bases of one role: each distinct basis once, and which head uses which.
-
-    Attributes
-    ----------
-    vectors : Tensor of shape (n_distinct, d_model, max_rank)
-        Orthonormal columns; those past the rank are zero.
-    ranks : ndarray of shape (n_distinct,), int64
-    index : ndarray of shape (n_heads,), int64
-        Row of `vectors` that each head uses: grouped-query heads share keys and values, and layers
-        may share all their weights.
-    """
-
-    vectors: torch.Tensor
-    ranks: NDArray[np.int64]
-    index: NDArray[np.int64]
-
-    def take(self, rows: NDArray[np.int64]) -> RoleBases:
-        """Bases of some of the heads, without those that none of them uses."""
-        used, index = np.unique(self.index[rows], return_inverse=True)
-        return RoleBases(
-            self.vectors[torch.as_tensor(used, device=self.vectors.device)],
-            self.ranks[used],
-            index.astype(np.int64),
-        )
-
-    @staticmethod
-    def _thaw(name: str, value: Any) -> Any:
-        return torch.from_numpy(value) if name == "vectors" else value
-
-
-@dataclass(frozen=True, eq=False)
-class Subspaces(_Frozen):
-    """Orthonormal bases of the subspaces that heads read from and write to.
-
-    Made by `SubspaceExtractor`; indexing selects heads.
-
-    Attributes
-    ----------
-    heads : DataFrame
-        Heads table, one row per head.
-    bases : mapping of str to RoleBases
-        One entry per role.
-    record : mapping
-        How the weights were processed: ``fold_norm``, ``center``, ``rank``.
-
-    Examples
-    --------
-    >>> import skhead
-    >>> heads = skhead.load_heads("skhead/induction-2l")
-    >>> subspaces = skhead.SubspaceExtractor().fit_transform(heads)
-    >>> subspaces
-    Subspaces(16 heads, roles Q K V O, d_model 128, ranks 16)
-    >>> subspaces.numpy("O").shape
-    (16, 128, 16)
-    """
-
-    heads: pd.DataFrame
-    bases: Mapping[str, RoleBases]
-    record: Mapping[str, Any]
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        """Roles that have bases, in order."""
-        return tuple(self.bases)
-
-    @property
-    def d_model(self) -> int:
-        """Dimension of the residual stream."""
-        return int(next(iter(self.bases.values())).vectors.shape[1])
-
-    @property
-    def rereadable(self) -> bool:
-        """Whether the weights can be read again from where the heads table says they are."""
-        return bool((self.heads["layer"] >= 0).all())
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(n_heads, d_model)``."""
-        return len(self), self.d_model
-
-    def __len__(self) -> int:
-        return len(self.heads)
-
-    def __getitem__(self, key: Any) -> Subspaces:
-        rows = _row_positions(key, len(self))
-        bases = {role: basis.take(rows) for role, basis in self.bases.items()}
-        return replace(self, heads=self.heads.iloc[rows], bases=bases)
-
-    def role(self, role: str) -> RoleBases:
-        """Bases of one role.
-
-        Parameters
-        ----------
-        role : str
-            One of `roles`.
-
-        Returns
-        -------
-        RoleBases
-
-        Raises
-        ------
-        HeadShapeError
-            If the role was not extracted.
-        """
-        if role not in self.bases:
-            raise HeadShapeError(
-                f"Subspaces holds the roles {' '.join(self.roles)}, not {role!r}; "
-                f"extract it with SubspaceExtractor(roles=...)"
-            )
-        return self.bases[role]
-
-    def ranks(self, role: str) -> NDArray[np.int64]:
-        """Rank of every head's subspace.
-
-        Parameters
-        ----------
-        role : str
-            One of `roles`.
-
-        Returns
-        -------
-        ndarray of shape (n_heads,), int64
-        """
-        basis = self.role(role)
-        return basis.ranks[basis.index]
-
-    def numpy(self, role: str) -> NDArray[np.floating]:
-        """Bases of every head.
-
-        Parameters
-        ----------
-        role : str
-            One of `roles`.
-
-        Returns
-        -------
-        ndarray of shape (n_heads, d_model, max_rank)
-            Orthonormal columns; those past a head's rank are zero.
-        """
-        basis = self.role(role)
-        return basis.vectors.cpu().numpy()[basis.index]
-
-    def __repr__(self) -> str:
-        ranks = np.concatenate([basis.ranks for basis in self.bases.values()])
-        if not ranks.size:
-            return f"Subspaces(0 heads, roles {' '.join(self.roles)}, d_model {self.d_model})"
-        low, high = int(ranks.min()), int(ranks.max())
-        span = f"{low}" if low == high else f"{low} to {high}"
-        return (
-            f"Subspaces({len(self)} heads, roles {' '.join(self.roles)}, "
-            f"d_model {self.d_model}, ranks {span})"
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Calibration(_Frozen):
+class Calibration(Frozen):
     """What a null law says of every pair of a similarity.
 
     Every array has the shape of the similarity's values and is NaN where they are.
@@ -252,15 +70,18 @@ class Calibration(_Frozen):
 
 
 #: Units in which the strongest pairs have the smallest values.
-_SMALL_IS_STRONG = ("log10_p", "q")
+_SMALL_IS_STRONG = ("log10_p", "q", "distance")
 _SUBSPACES = ("row_subspaces", "column_subspaces")
+
+#: Where a data frame keeps the similarity of which it is the features.
+_ORIGIN = "skhead.similarity"
 
 #: What calibration knows of every pair, in the order in which tables list it.
 CALIBRATED = ("z", "log10_p", "q", "ratio", "excess")
 
 
 @dataclass(frozen=True, eq=False)
-class Similarity(_Frozen):
+class Similarity(Frozen):
     """Similarities of heads (rows) to reference heads (columns), one layer of values per pair kind.
 
     A pair kind names the role of the row head and the role of the column head: ``"OQ"`` compares
@@ -319,6 +140,11 @@ class Similarity(_Frozen):
         return len(self.rows), len(self.pairs) * len(self.columns)
 
     @property
+    def large_is_similar(self) -> bool:
+        """Whether similar heads have large values; p-values and distances are small for them."""
+        return self.unit.split("/")[0] not in _SMALL_IS_STRONG
+
+    @property
     def row_labels(self) -> list[str]:
         """Labels of the row heads; a head that is also a column has one label for both."""
         return self._labels()[0]
@@ -345,7 +171,7 @@ class Similarity(_Frozen):
         return len(self.rows)
 
     def __getitem__(self, key: Any) -> Similarity:
-        rows = _row_positions(key, len(self))
+        rows = row_positions(key, len(self))
         return replace(
             self,
             values=self.values[rows],
@@ -367,6 +193,19 @@ class Similarity(_Frozen):
         filled = np.where(np.isnan(self.values), self.null_mean, self.values)
         flat = filled.transpose(0, 2, 1).reshape(self.shape)
         return np.asarray(flat, dtype=np.float32 if dtype is None else dtype)
+
+    def to_features(self) -> pd.DataFrame:
+        """The 2-D feature matrix with names, which still knows the similarity that it came from.
+
+        Returns
+        -------
+        DataFrame of shape (n_rows, n_pairs * n_columns)
+            Row labels and `feature_names`; the similarity in ``attrs``, where estimators of skhead
+            find it again.
+        """
+        frame = pd.DataFrame(np.asarray(self), self.rows.index, self.feature_names)
+        frame.attrs[_ORIGIN] = self
+        return frame
 
     def pair(self, pair: str) -> pd.DataFrame:
         """Values of one pair kind as a table of row labels by column labels.
@@ -438,7 +277,8 @@ class Similarity(_Frozen):
         at_column[column_codes[::-1]] = np.arange(len(column_codes))[::-1]
         rows, columns = at_row[column_codes], at_column[row_codes]
         unlisted = np.zeros(values.shape, dtype=bool)
-        if pair[0] == pair[1]:
+        middle = len(pair) // 2
+        if pair[:middle] == pair[middle:]:
             known = (rows[None, :] >= 0) & (columns[:, None] >= 0)
             later = row_codes[:, None] > column_codes[None, :]
             unlisted = known & later & ~np.isnan(values[rows[None, :], columns[:, None]])
@@ -456,7 +296,7 @@ class Similarity(_Frozen):
     def top_pairs(self, k: int = 20) -> pd.DataFrame:
         """The `k` strongest of every pair kind, with their ``rank`` from 1; ties in table order.
 
-        The strongest have the largest values, or the smallest where these are log10 p or q.
+        The strongest have the largest values, or the smallest of p-values and distances.
 
         Parameters
         ----------
@@ -475,7 +315,7 @@ class Similarity(_Frozen):
         """
         if int(k) != k or k < 1:
             raise ValueError(f"Similarity.top_pairs: k must be a positive integer, got {k!r}")
-        falling = -1.0 if self.unit in _SMALL_IS_STRONG else 1.0
+        falling = 1.0 if self.large_is_similar else -1.0
         parts = []
         for pair in self.pairs:
             rows, columns = largest_entries(falling * self.listed(pair), int(k))
@@ -557,6 +397,26 @@ def head_codes(
     return codes[: len(rows)], codes[len(rows) :]
 
 
+def similarity_in(X: Any) -> Similarity | None:
+    """The similarity that X is, or that a data frame of all its features came from.
+
+    Parameters
+    ----------
+    X : object
+
+    Returns
+    -------
+    Similarity or None
+        None for anything else, and for a data frame whose values were changed or selected.
+    """
+    if isinstance(X, Similarity):
+        return X
+    origin = X.attrs.get(_ORIGIN) if isinstance(X, pd.DataFrame) else None
+    if not isinstance(origin, Similarity) or X.shape != origin.shape:
+        return None
+    return origin if np.array_equal(X.to_numpy(), np.asarray(origin)) else None
+
+
 def _only_copies(
     subspaces: Subspaces | None, rows: NDArray[np.int64] | None = None
 ) -> Subspaces | None:
@@ -564,26 +424,6 @@ def _only_copies(
     if subspaces is None or subspaces.rereadable:
         return None
     return subspaces if rows is None else subspaces[rows]
-
-
-def _row_positions(key: Any, n_rows: int) -> NDArray[np.int64]:
-    """Positions that an integer, slice, mask or list of positions selects."""
-    if isinstance(key, tuple) and len(key) == 2 and key[1] is Ellipsis:
-        key = key[0]
-    if isinstance(key, int | np.integer):
-        key = [key]
-    if not isinstance(key, slice):
-        whole = not isinstance(key, tuple) and key is not None
-        key = np.asarray(key if whole else "not an index")
-        if key.size == 0 and key.ndim == 1:
-            key = key.astype(np.int64)
-        mask = key.dtype.kind == "b" and len(key) == n_rows
-        if key.ndim != 1 or not (mask or key.dtype.kind in "iu"):
-            raise IndexError(
-                f"heads are selected by an integer, a slice, a mask of length {n_rows} or a list "
-                "of positions; for labels use .heads.index.get_indexer or .rows.index.get_indexer"
-            )
-    return np.arange(n_rows)[key]
 
 
 def _take_rows(values: NDArray[np.float64], rows: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -3,112 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
-from sklearn.utils import Tags, TransformerTags
-from sklearn.utils._set_output import _get_output_config
 from sklearn.utils.validation import check_is_fitted
 
 from skhead._base import (
-    ANONYMOUS,
     ROLES,
-    HeadEstimator,
     HeadInput,
-    as_subspaces,
-    check_option,
-    check_pairs,
-    check_same_record,
     defined_pairs,
-    open_door,
-    parse_bytes,
-    progress_fraction,
     rank_scale,
 )
-from skhead.containers import Similarity, Subspaces
-from skhead.exceptions import DegenerateHeadError, HeadShapeError, MemoryBudgetError
+from skhead._compared import Compared, Measured, Sides, expand, open_weights
+from skhead._pairwise import LAYER_ORDERS, PairwiseKernel, SubspaceKernel
+from skhead.containers import Similarity
+from skhead.exceptions import DegenerateHeadError, HeadShapeError
 from skhead.linalg.factored import map_factors
-from skhead.linalg.kernels import overlap_blocks
 from skhead.stats.haar import haar_moments
 from skhead.weights import head_labels
 
 __all__ = ["CompositionScore", "ProjectionKernel"]
-
-LAYER_ORDERS = ("forward", "all")
 
 #: Of the map that the column head reads through: the side that faces the row head, the side away
 #: from it.
 _READER_ROLES = {"OQ": ("Q", "K"), "OK": ("K", "Q"), "OV": ("V", "O")}
 
 
-class _PairwiseKernel(HeadEstimator):
-    """What the kernels share: checks, names of features, and the form of the output."""
-
-    def __sklearn_tags__(self) -> Tags:
-        tags = super().__sklearn_tags__()
-        tags.transformer_tags = TransformerTags(preserves_dtype=["float32"])
-        return tags
-
-    def get_feature_names_out(self, input_features: Any = None) -> NDArray[np.object_]:
-        """Names of the columns of the 2-D form, such as ``"OQ:L4H7"``.
-
-        Parameters
-        ----------
-        input_features : ignored
-
-        Returns
-        -------
-        ndarray of shape (n_pairs * n_reference_heads,)
-        """
-        check_is_fitted(self)
-        labels = head_labels(self.reference_heads_)
-        return np.asarray([f"{p}:{label}" for p in self.pairs_ for label in labels], dtype=object)
-
-    def fit_transform(self, X: Any, y: Any = None) -> Any:
-        """Fit on the heads and compare them with each other.
-
-        Parameters
-        ----------
-        X : Subspaces, DataFrame, array or Tensor
-            As for `fit`.
-        y : ignored
-
-        Returns
-        -------
-        Similarity
-            Or a DataFrame of its 2-D form, after ``set_output(transform="pandas")``.
-        """
-        self._fit(X)
-        return self._compare_with_reference(None)
-
-    def _output(self, similarity: Similarity) -> Any:
-        """The container, or its 2-D form where the user has asked for data frames."""
-        wanted = _get_output_config("transform", self)["dense"]
-        if wanted != "pandas":
-            return similarity if wanted == "default" else np.asarray(similarity)
-        flat = np.asarray(similarity)
-        return pd.DataFrame(flat, similarity.rows.index, similarity.feature_names)
-
-    def _overlaps(
-        self,
-        rows: Sequence[torch.Tensor],
-        columns: Sequence[torch.Tensor] | None,
-        blocks: Sequence[tuple[int, int]],
-    ) -> dict[tuple[int, int], NDArray[np.floating]]:
-        name = type(self).__name__
-        budget = parse_bytes(self.max_memory, name)
-        with progress_fraction(name) as progress:
-            try:
-                found = overlap_blocks(rows, columns, blocks, max_memory=budget, progress=progress)
-            except MemoryBudgetError as error:
-                raise MemoryBudgetError(f"{name}: {error}") from None
-        return {block: values.cpu().numpy() for block, values in found.items()}
-
-
-class ProjectionKernel(_PairwiseKernel):
+class ProjectionKernel(SubspaceKernel):
     """Overlap of head subspaces, the sum of squared cosines of their principal angles.
 
     For orthonormal bases U and V of ranks r and s in d_model dimensions, ``PK = ||U^T V||_F^2``
@@ -161,6 +84,8 @@ class ProjectionKernel(_PairwiseKernel):
     (16, 16, 2)
     """
 
+    _options: ClassVar = {"layer_order": LAYER_ORDERS, "normalize": (None, "rank", "cosine")}
+
     def __init__(
         self,
         pairs: Sequence[str] = ("OQ", "OK", "OV"),
@@ -175,104 +100,18 @@ class ProjectionKernel(_PairwiseKernel):
         self.max_memory = max_memory
         self.device = device
 
-    def fit(self, X: Any, y: Any = None) -> ProjectionKernel:
-        """Keep the subspaces of the reference heads.
+    def _measure(self, compared: Compared) -> Measured:
+        ranks = compared.row_ranks, compared.column_ranks
 
-        Parameters
-        ----------
-        X : Subspaces, DataFrame, or array or Tensor of shape (n_heads, d_model, d_head)
-            Subspaces, or heads whose raw full-rank subspaces are taken.
-        y : ignored
+        def scale(p: int) -> Any:
+            return rank_scale(ranks[0][:, None, p], ranks[1][None, :, p], self.normalize)
 
-        Returns
-        -------
-        self
-        """
-        self._fit(X)
-        return self
-
-    def _fit(self, X: Any) -> None:
-        name = type(self).__name__
-        check_option("layer_order", self.layer_order, LAYER_ORDERS, name)
-        check_option("normalize", self.normalize, (None, "rank", "cosine"), name)
-        parse_bytes(self.max_memory, name)
-        pairs = check_pairs(self.pairs, [a + b for a in ROLES for b in ROLES], name)
-        self.reference_ = as_subspaces(X, _roles_in(pairs), self.device, name)
-        anonymous = self.reference_.roles == (ANONYMOUS,)
-        self.pairs_ = (ANONYMOUS * 2,) if anonymous else pairs
-        for role in _roles_in(self.pairs_):
-            self.reference_.role(role)
-        self.reference_heads_ = self.reference_.heads
-        self.d_model_ = self.reference_.d_model
-
-    def transform(self, X: Any) -> Any:
-        """Compare heads with the reference heads.
-
-        Parameters
-        ----------
-        X : Subspaces, DataFrame, array or Tensor
-            As for `fit`, of the same d_model and processed in the same way.
-
-        Returns
-        -------
-        Similarity
-            Or a DataFrame of its 2-D form, after ``set_output(transform="pandas")``.
-        """
-        check_is_fitted(self)
-        name = type(self).__name__
-        anonymous = self.pairs_ == (ANONYMOUS * 2,)
-        needed = list(dict.fromkeys(pair[0] for pair in self.pairs_))
-        rows = as_subspaces(X, ROLES if anonymous else needed, self.device, name)
-        self._check_width(rows.d_model)
-        if anonymous != (rows.roles == (ANONYMOUS,)):
-            raise HeadShapeError(
-                f"{name}: was fitted on the roles {' '.join(self.reference_.roles)}, but these "
-                f"heads have the roles {' '.join(rows.roles)}; use one kind of input for both"
-            )
-        check_same_record(self.reference_.record, rows.record, name)
-        return self._compare_with_reference(rows)
-
-    def _compare_with_reference(self, given: Subspaces | None) -> Any:
-        """Compare heads, or with None the reference heads themselves, with the reference."""
-        reference, rows = self.reference_, self.reference_ if given is None else given
-        roles = _roles_in(self.pairs_)
-        blocks = {pair: (roles.index(pair[0]), roles.index(pair[1])) for pair in self.pairs_}
-        if given is None:
-            stacks, others = [self._stack(reference, role) for role in roles], None
-        else:
-            first, second = (list(dict.fromkeys(pair[i] for pair in self.pairs_)) for i in (0, 1))
-            stacks = [self._stack(rows, role) for role in first]
-            others = [self._stack(reference, role) for role in second]
-            dtype = torch.promote_types(stacks[0].dtype, others[0].dtype)
-            stacks, others = ([x.to(dtype) for x in side] for side in (stacks, others))
-            blocks = {pair: (first.index(pair[0]), second.index(pair[1])) for pair in self.pairs_}
-        found = self._overlaps(stacks, others, list(blocks.values()))
-        row_ranks = np.stack([rows.ranks(pair[0]) for pair in self.pairs_], axis=1)
-        column_ranks = np.stack([reference.ranks(pair[1]) for pair in self.pairs_], axis=1)
-        mean, sd = _haar_summary(row_ranks, column_ranks, self.d_model_, self.normalize)
-        values = np.empty((len(rows), len(reference), len(self.pairs_)), dtype=np.float32)
-        for p, (pair, block) in enumerate(blocks.items()):
-            distinct = found[block]
-            index = np.ix_(rows.role(pair[0]).index, reference.role(pair[1]).index)
-            scale = rank_scale(row_ranks[:, None, p], column_ranks[None, :, p], self.normalize)
-            defined = defined_pairs(
-                rows.heads, reference.heads, pair[0] == pair[1], self.layer_order
-            )
-            values[:, :, p] = np.where(defined, distinct[index] / scale, np.nan)
+        values = compared.spread(self._overlaps(compared.sides), scale)
         unit = "pk" if self.normalize is None else f"pk/{self.normalize}"
-        return self._output(
-            Similarity(
-                values, self.pairs_, rows.heads, reference.heads, unit, dict(reference.record),
-                self.d_model_, row_ranks, column_ranks, mean, sd, rows, reference,
-            )
-        )  # fmt: skip
-
-    def _stack(self, subspaces: Subspaces, role: str) -> torch.Tensor:
-        vectors = subspaces.role(role).vectors
-        return vectors if self.device is None else vectors.to(self.device)
+        return Measured(values, unit, *_haar_summary(*ranks, self.d_model_, self.normalize))
 
 
-class CompositionScore(_PairwiseKernel):
+class CompositionScore(PairwiseKernel):
     """How much of what one head writes passes through what another reads, gains included.
 
     With the OV map ``W_V W_O`` of the row head and, for the column head, its QK map ``W_Q W_K^T``
@@ -331,6 +170,9 @@ class CompositionScore(_PairwiseKernel):
     [['OK', 1]]
     """
 
+    _options: ClassVar = {"layer_order": LAYER_ORDERS, "baseline": (None, "difference", "ratio")}
+    _allowed_pairs = tuple(_READER_ROLES)
+
     def __init__(
         self,
         pairs: Sequence[str] = ("OQ", "OK", "OV"),
@@ -366,11 +208,7 @@ class CompositionScore(_PairwiseKernel):
         return self
 
     def _fit(self, X: Any) -> None:
-        name = type(self).__name__
-        check_option("layer_order", self.layer_order, LAYER_ORDERS, name)
-        check_option("baseline", self.baseline, (None, "difference", "ratio"), name)
-        parse_bytes(self.max_memory, name)
-        self.pairs_ = check_pairs(self.pairs, ("OQ", "OK", "OV"), name)
+        self.pairs_ = self._check_parameters()
         self._reference = self._open(X).kept()
         self.reference_heads_ = self._reference.heads
         self.d_model_ = self._reference.d_model
@@ -394,7 +232,7 @@ class CompositionScore(_PairwiseKernel):
         return self._compare_with_reference(rows)
 
     def _open(self, X: Any) -> HeadInput:
-        source = open_door(X, type(self).__name__)
+        source = open_weights(X, self)
         if source.anonymous:
             raise HeadShapeError(
                 f"{type(self).__name__}: a composition score needs all four matrices of a head; "
@@ -415,10 +253,11 @@ class CompositionScore(_PairwiseKernel):
         ]
         dtype = torch.promote_types(writer.dtype, readers[0][0].dtype)
         columns = [reader.to(dtype) for reader, _ in readers]
-        found = self._overlaps([writer.to(dtype)], columns, [(0, p) for p in range(len(readers))])
+        blocks = {pair: (0, p) for p, pair in enumerate(self.pairs_)}
+        found = self._overlaps(Sides([writer.to(dtype)], columns, blocks))
         values = np.empty((len(rows.heads), len(reference.heads), len(readers)), dtype=np.float32)
-        for p in range(len(readers)):
-            score = np.sqrt(np.maximum(found[0, p], 0.0)) / np.outer(writer_norms, readers[p][1])
+        for p, pair in enumerate(self.pairs_):
+            score = np.sqrt(np.maximum(found[pair], 0.0)) / np.outer(writer_norms, readers[p][1])
             defined = defined_pairs(rows.heads, reference.heads, False, self.layer_order)
             values[:, :, p] = np.where(defined, self._above_baseline(score), np.nan)
         chance = np.full((1, 1, len(readers)), self.d_model_**-0.5)
@@ -450,7 +289,7 @@ class CompositionScore(_PairwiseKernel):
             stack = source.read(
                 role, fold_norm=self.fold_norm, center=self.center, device=self.device
             )
-            read[role] = _expand(stack.tensor, stack.index)
+            read[role] = expand(stack.tensor, stack.index)
         return read
 
     def _factors(
@@ -467,17 +306,6 @@ class CompositionScore(_PairwiseKernel):
                 "composes with it; drop the head, for example heads.drop(index=...)"
             )
         return factors, norms
-
-
-def _roles_in(pairs: Sequence[str]) -> list[str]:
-    """Roles that the pair kinds name, row roles first."""
-    return list(dict.fromkeys([pair[0] for pair in pairs] + [pair[1] for pair in pairs]))
-
-
-def _expand(stack: torch.Tensor, index: NDArray[np.int64]) -> torch.Tensor:
-    if len(stack) == len(index) and np.array_equal(index, np.arange(len(index))):
-        return stack
-    return stack[torch.as_tensor(index, device=stack.device)]
 
 
 def _haar_summary(

@@ -17,18 +17,30 @@ from sklearn.model_selection import (
     cross_val_score,
     cross_validate,
 )
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import make_pipeline, make_union
 from sklearn.preprocessing import StandardScaler
 from toys import toy_heads
 
 import skhead
 from skhead import CompositionScore, ProjectionKernel, SubspaceExtractor
+from skhead.similarities import (
+    GrassmannDistance,
+    LinearCKA,
+    ProcrustesSimilarity,
+    SimpleComposition,
+)
+from skhead.spectra import SpectrumSimilarity
 
 BUNDLED = "skhead/induction-2l"
 ESTIMATORS = [
     SubspaceExtractor(roles="OK", rank=0.9, fold_norm=True),
     ProjectionKernel(pairs=("VO",), layer_order="all", normalize="cosine"),
     CompositionScore(pairs=("OV",), baseline="ratio", center=True),
+    ProcrustesSimilarity(pairs=("OO",), layer_order="all", fold_norm=True),
+    LinearCKA(pairs=("KK",), center=True),
+    SimpleComposition(pairs=("VO",), max_memory="10MB"),
+    GrassmannDistance(pairs=("QK",), metric="geodesic", output="similarity"),
+    SpectrumSimilarity(pairs=("OVOV", "QQ"), fold_norm=True),
 ]
 
 
@@ -131,6 +143,41 @@ def test_set_output_on_a_whole_pipeline(heads):
     with config_context(transform_output="pandas"):
         same = make_pipeline(SubspaceExtractor(), ProjectionKernel()).fit_transform(heads)
     assert frame.equals(same)
+
+
+def test_kernels_side_by_side_in_a_union(heads):
+    """Several similarities of the same heads as one feature matrix, in a search over both."""
+    kinds = ("OQ", "VO")
+    union = make_union(
+        LinearCKA(pairs=kinds, layer_order="all"),
+        GrassmannDistance(pairs=kinds, layer_order="all", metric="procrustes"),
+        SpectrumSimilarity(pairs=("QKOV",)),
+    )
+    steps = make_pipeline(union, StandardScaler(), LogisticRegression())
+    grid = {"featureunion__linearcka__center": [False, True]}
+    search = GridSearchCV(steps, grid, cv=StratifiedKFold(4), error_score="raise")
+    search.fit(heads, heads["layer"])
+    assert search.best_score_ > 0.7
+    assert union.fit_transform(heads).shape == (16, 5 * 16)
+    frame = union.set_output(transform="pandas").fit_transform(heads)
+    assert frame.index.tolist() == heads.index.tolist()
+    assert frame.columns[[0, 32, 64]].tolist() == [
+        "linearcka__OQ:L0H0",
+        "grassmanndistance__OQ:L0H0",
+        "spectrumsimilarity__QKOV:L0H0",
+    ]
+
+
+def test_spectra_classify_heads_of_models_without_a_common_basis():
+    """Trained on two models, applied to a third of another width."""
+    with toy_heads(seed=1) as a, toy_heads(seed=2) as b, toy_heads(d_model=32, seed=3) as c:
+        heads = pd.concat([a, b, c])
+        steps = make_pipeline(SpectrumSimilarity(pairs=("QKOV",)), LogisticRegression())
+        scores = cross_val_score(
+            steps, heads, heads["layer"], groups=heads["source"], cv=GroupKFold(3),
+            error_score="raise",
+        )  # fmt: skip
+    assert np.isfinite(scores).all()
 
 
 def test_pipeline_shows_as_html(heads):

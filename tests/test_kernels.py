@@ -424,3 +424,9 @@ def test_matrix_library_setting_survives_threads():
         run = joblib.delayed(ProjectionKernel(layer_order="all").fit_transform)
         joblib.Parallel(n_jobs=4, backend="threading")(run(heads) for _ in range(24))
     assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_a_stack_has_no_norms_to_fold():
+    stack = np.ones((3, 4, 6, 2)) + np.arange(3)[:, None, None, None]
+    with pytest.raises(ValueError, match="CompositionScore: fold_norm and center need the model"):
+        CompositionScore(fold_norm=True).fit(stack)

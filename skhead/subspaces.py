@@ -1,0 +1,225 @@
+"""Orthonormal bases of what heads read and write, as they flow between estimators."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from skhead.exceptions import HeadShapeError
+
+__all__ = ["Frozen", "RoleBases", "Subspaces", "row_positions"]
+
+
+def _freeze(value: Any) -> Any:
+    """Plain, content-hashable form of a field: tensors as numpy, tables as columns of lists."""
+    if isinstance(value, torch.Tensor):
+        return np.ascontiguousarray(value.detach().cpu().numpy())
+    if isinstance(value, np.ndarray):
+        return np.ascontiguousarray(value)
+    if isinstance(value, pd.DataFrame):
+        columns = {name: value[name].tolist() for name in value.columns}
+        return {"index": list(value.index), "columns": columns}
+    return value
+
+
+class Frozen:
+    """Pickling by content: no tensor and no view of a larger array ever enters the state."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {f.name: _freeze(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            object.__setattr__(self, name, self._thaw(name, value))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self
+
+    @staticmethod
+    def _thaw(name: str, value: Any) -> Any:
+        if name in ("heads", "rows", "columns"):
+            return pd.DataFrame(value["columns"], index=pd.Index(value["index"], dtype=object))
+        return value
+
+
+@dataclass(frozen=True, eq=False)
+class RoleBases(Frozen):
+    """Orthonormal bases of one role: each distinct basis once, and which head uses which.
+
+    Attributes
+    ----------
+    vectors : Tensor of shape (n_distinct, d_model, max_rank)
+        Orthonormal columns; those past the rank are zero.
+    ranks : ndarray of shape (n_distinct,), int64
+    index : ndarray of shape (n_heads,), int64
+        Row of `vectors` that each head uses: grouped-query heads share keys and values, and layers
+        may share all their weights.
+    """
+
+    vectors: torch.Tensor
+    ranks: NDArray[np.int64]
+    index: NDArray[np.int64]
+
+    def take(self, rows: NDArray[np.int64]) -> RoleBases:
+        """Bases of some of the heads, without those that none of them uses."""
+        used, index = np.unique(self.index[rows], return_inverse=True)
+        return RoleBases(
+            self.vectors[torch.as_tensor(used, device=self.vectors.device)],
+            self.ranks[used],
+            index.astype(np.int64),
+        )
+
+    @staticmethod
+    def _thaw(name: str, value: Any) -> Any:
+        return torch.from_numpy(value) if name == "vectors" else value
+
+
+@dataclass(frozen=True, eq=False)
+class Subspaces(Frozen):
+    """Orthonormal bases of the subspaces that heads read from and write to.
+
+    Made by `SubspaceExtractor`; indexing selects heads.
+
+    Attributes
+    ----------
+    heads : DataFrame
+        Heads table, one row per head.
+    bases : mapping of str to RoleBases
+        One entry per role.
+    record : mapping
+        How the weights were processed: ``fold_norm``, ``center``, ``rank``.
+
+    Examples
+    --------
+    >>> import skhead
+    >>> heads = skhead.load_heads("skhead/induction-2l")
+    >>> subspaces = skhead.SubspaceExtractor().fit_transform(heads)
+    >>> subspaces
+    Subspaces(16 heads, roles Q K V O, d_model 128, ranks 16)
+    >>> subspaces.numpy("O").shape
+    (16, 128, 16)
+    """
+
+    heads: pd.DataFrame
+    bases: Mapping[str, RoleBases]
+    record: Mapping[str, Any]
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles that have bases, in order."""
+        return tuple(self.bases)
+
+    @property
+    def d_model(self) -> int:
+        """Dimension of the residual stream."""
+        return int(next(iter(self.bases.values())).vectors.shape[1])
+
+    @property
+    def rereadable(self) -> bool:
+        """Whether the weights can be read again from where the heads table says they are."""
+        return bool((self.heads["layer"] >= 0).all())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n_heads, d_model)``."""
+        return len(self), self.d_model
+
+    def __len__(self) -> int:
+        return len(self.heads)
+
+    def __getitem__(self, key: Any) -> Subspaces:
+        rows = row_positions(key, len(self))
+        bases = {role: basis.take(rows) for role, basis in self.bases.items()}
+        return replace(self, heads=self.heads.iloc[rows], bases=bases)
+
+    def role(self, role: str) -> RoleBases:
+        """Bases of one role.
+
+        Parameters
+        ----------
+        role : str
+            One of `roles`.
+
+        Returns
+        -------
+        RoleBases
+
+        Raises
+        ------
+        HeadShapeError
+            If the role was not extracted.
+        """
+        if role not in self.bases:
+            raise HeadShapeError(
+                f"Subspaces holds the roles {' '.join(self.roles)}, not {role!r}; "
+                f"extract it with SubspaceExtractor(roles=...)"
+            )
+        return self.bases[role]
+
+    def ranks(self, role: str) -> NDArray[np.int64]:
+        """Rank of every head's subspace.
+
+        Parameters
+        ----------
+        role : str
+            One of `roles`.
+
+        Returns
+        -------
+        ndarray of shape (n_heads,), int64
+        """
+        basis = self.role(role)
+        return basis.ranks[basis.index]
+
+    def numpy(self, role: str) -> NDArray[np.floating]:
+        """Bases of every head.
+
+        Parameters
+        ----------
+        role : str
+            One of `roles`.
+
+        Returns
+        -------
+        ndarray of shape (n_heads, d_model, max_rank)
+            Orthonormal columns; those past a head's rank are zero.
+        """
+        basis = self.role(role)
+        return basis.vectors.cpu().numpy()[basis.index]
+
+    def __repr__(self) -> str:
+        ranks = np.concatenate([basis.ranks for basis in self.bases.values()])
+        if not ranks.size:
+            return f"Subspaces(0 heads, roles {' '.join(self.roles)}, d_model {self.d_model})"
+        low, high = int(ranks.min()), int(ranks.max())
+        span = f"{low}" if low == high else f"{low} to {high}"
+        return (
+            f"Subspaces({len(self)} heads, roles {' '.join(self.roles)}, "
+            f"d_model {self.d_model}, ranks {span})"
+        )
+
+
+def row_positions(key: Any, n_rows: int) -> NDArray[np.int64]:
+    """Positions that an integer, slice, mask or list of positions selects."""
+    if isinstance(key, tuple) and len(key) == 2 and key[1] is Ellipsis:
+        key = key[0]
+    if isinstance(key, int | np.integer):
+        key = [key]
+    if not isinstance(key, slice):
+        whole = not isinstance(key, tuple) and key is not None
+        key = np.asarray(key if whole else "not an index")
+        if key.size == 0 and key.ndim == 1:
+            key = key.astype(np.int64)
+        mask = key.dtype.kind == "b" and len(key) == n_rows
+        if key.ndim != 1 or not (mask or key.dtype.kind in "iu"):
+            raise IndexError(
+                f"heads are selected by an integer, a slice, a mask of length {n_rows} or a list "
+                "of positions; for labels use .heads.index.get_indexer or .rows.index.get_indexer"
+            )
+    return np.arange(n_rows)[key]
