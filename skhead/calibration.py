@@ -12,6 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import Tags, TransformerTags
+from sklearn.utils._set_output import _get_output_config
 from sklearn.utils.validation import (
     _check_feature_names_in,
     check_is_fitted,
@@ -30,7 +31,7 @@ from skhead._nulls import (
     SignflipNull,
     plain_scores,
 )
-from skhead.containers import Calibration, Similarity
+from skhead.containers import Calibration, Similarity, similarity_in
 from skhead.exceptions import HeadShapeError, ProvenanceMismatchError
 from skhead.stats import (
     adjust_log_p,
@@ -195,7 +196,8 @@ class NullCalibrator(TransformerMixin, BaseEstimator):
         Returns
         -------
         Similarity, or ndarray of shape (n_rows, n_columns)
-            The same kind as X; a Similarity carries every output in ``calibration``.
+            The same kind as X; a Similarity carries every output in ``calibration``. After
+            ``set_output(transform="pandas")`` a DataFrame of its 2-D form.
         """
         check_is_fitted(self)
         similarity = self._open(X, reset=False)
@@ -203,9 +205,9 @@ class NullCalibrator(TransformerMixin, BaseEstimator):
         calibration = self._calibrate(similarity)
         unit, undefined = OUTPUTS[self.output]
         values = getattr(calibration, unit).astype(np.float32)
-        if not isinstance(X, Similarity):
+        if similarity_in(X) is None:
             return values[:, :, 0]
-        return replace(
+        found = replace(
             similarity,
             values=values,
             unit=unit,
@@ -213,6 +215,8 @@ class NullCalibrator(TransformerMixin, BaseEstimator):
             null_sd=np.full((1, 1, 1), 1.0 if unit == "z" else np.nan),
             calibration=calibration,
         )
+        wants_frame = _get_output_config("transform", self)["dense"] == "pandas"
+        return found.to_features() if wants_frame else found
 
     def get_feature_names_out(self, input_features: Any = None) -> NDArray[np.object_]:
         """Names of the features, those of the similarities.
@@ -266,8 +270,9 @@ class NullCalibrator(TransformerMixin, BaseEstimator):
             ("tails", ("normal", "t")),
         ):
             check_option(name, getattr(self, name), options, type(self).__name__)
-        if not isinstance(X, Similarity):
-            array = validate_data(self, X, reset=reset, dtype=[np.float64, np.float32])
+        given, X = X, similarity_in(X)
+        if X is None:
+            array = validate_data(self, given, reset=reset, dtype=[np.float64, np.float32])
             check_non_negative(array, f"{type(self).__name__}: a kernel is a sum of squares")
             X = self._similarity_of(array)
         composition = X.unit.startswith("composition") and not X.unit.endswith("difference")

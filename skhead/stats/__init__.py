@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from skhead.stats.affinity import class_affinity
 from skhead.stats.anisotropic import (
     AnisotropicMoments,
     MeanProjector,
@@ -27,6 +28,7 @@ from skhead.stats.leave_out import leave_one_out_means
 from skhead.stats.macg import covariance_from_projector, projector_from_covariance, sample_macg
 from skhead.stats.multiple import adjust_log_p
 from skhead.stats.permutation import PermutationResult, label_permutation_test, permutation_test
+from skhead.stats.platt import fit_sigmoids
 from skhead.stats.polish import MedianPolish, layer_block_scores, median_polish
 from skhead.stats.signflip import SignflipMoments, pooled_eigenbasis, signflip_moments
 
@@ -41,9 +43,11 @@ __all__ = [
     "SignflipMoments",
     "adjust_log_p",
     "anisotropic_moments",
+    "class_affinity",
     "covariance_from_projector",
     "edge_mean",
     "fit_empirical_null",
+    "fit_sigmoids",
     "gaussian_divergence",
     "haar_log_pvalue",
     "haar_logcdf",

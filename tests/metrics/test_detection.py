@@ -1,0 +1,82 @@
+"""Head-level and pair-level detection in a similarity."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import skhead
+from skhead.exceptions import HeadShapeError
+from skhead.metrics import head_detection, pair_detection
+from skhead.stats import head_average_precision, pair_average_precision
+
+
+@pytest.fixture(scope="module")
+def gpt2(gpt2_path):
+    heads = skhead.load_heads(gpt2_path)
+    kernel = skhead.ProjectionKernel(pairs=("OQ", "OK", "OV", "KK"))
+    labels = skhead.datasets.load_head_classes("wang2022", heads)
+    return kernel.fit_transform(heads), labels
+
+
+def test_equals_the_statistics_of_single_tables(gpt2):
+    similarity, labels = gpt2
+    found = head_detection(similarity, labels)
+    for p, pair in enumerate(similarity.pairs):
+        expected = head_average_precision(similarity.values[:, :, p], labels != "None")
+        assert found.loc[pair, "average_precision"] == pytest.approx(expected, abs=1e-9)
+    assert found["n_positive"].tolist() == [26] * 4
+    assert found["base_rate"].iloc[0] == pytest.approx(26 / 144)
+
+
+def test_measured_figures_of_gpt2(gpt2):
+    """Head-level average precision of the projection kernel, by the 26 heads of the circuit."""
+    similarity, labels = gpt2
+    found = head_detection(similarity, labels)["average_precision"]
+    np.testing.assert_allclose(found[["OQ", "OK", "OV"]], [0.336, 0.302, 0.220], atol=1e-3)
+    movers = ("Name Mover", "Negative Name Mover", "Backup Name Mover")
+    wiring = {
+        "OQ": [("S-Inhibition", mover) for mover in movers],
+        "OK": [("Previous Token", "Induction")],
+    }
+    circuit = pair_detection(similarity, labels, wiring).set_index("pair")
+    assert circuit["n_positive"].to_dict() == {"OQ": 52, "OK": 8}
+    np.testing.assert_allclose(circuit["average_precision"], [0.053, 0.171], atol=2e-3)
+    np.testing.assert_allclose(circuit["roc_auc"], [0.871, 0.796], atol=2e-3)
+
+
+def test_pairs_of_one_class_count_once_where_symmetric(gpt2):
+    _, labels = gpt2
+    heads = skhead.load_heads(gpt2[0].rows["source"].iloc[0])
+    similarity = skhead.ProjectionKernel(pairs=("KK", "OQ"), layer_order="all").fit_transform(heads)
+    found = pair_detection(similarity, labels).set_index(["pair", "source"])
+    assert found.loc[("KK", "Induction"), "n_positive"] == 6
+    assert found.loc[("OQ", "Induction"), "n_positive"] == 16
+    values = similarity.listed("KK")
+    same = (labels == "Induction").to_numpy()
+    expected = pair_average_precision(values, same[:, None] & same[None, :])
+    assert found.loc[("KK", "Induction"), "average_precision"] == pytest.approx(expected)
+
+
+def test_distances_are_ranked_from_the_smallest():
+    heads = skhead.load_heads("skhead/induction-2l")
+    labels = skhead.datasets.load_head_classes("induction-2l", heads)
+    calibrated = skhead.NullCalibrator(output="log_p", side="upper").fit_transform(
+        skhead.ProjectionKernel(pairs=["OK"]).fit_transform(heads)
+    )
+    assert head_detection(calibrated, labels).loc["OK", "average_precision"] == 1.0
+
+
+def test_refuses_what_does_not_fit():
+    heads = skhead.load_heads("skhead/induction-2l")
+    kernel = skhead.ProjectionKernel(pairs=["OK"]).fit(heads)
+    similarity = kernel.transform(heads)
+    labels = skhead.datasets.load_head_classes("induction-2l", heads)
+    with pytest.raises(HeadShapeError, match="same heads in one order"):
+        head_detection(kernel.transform(heads.iloc[::-1]), labels)
+    with pytest.raises(HeadShapeError, match=r"16 heads need as many labels, got shape \(15,\)"):
+        pair_detection(similarity, labels[1:])
+    with pytest.raises(ValueError, match="0 of 16 are to be found"):
+        head_detection(similarity, ["None"] * 16)
+    with pytest.raises(ValueError, match=r"pair_detection \(OK\): 0 of 64"):
+        pair_detection(similarity, labels, {"OK": [("Induction", "Previous Token")]})
