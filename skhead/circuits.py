@@ -2,22 +2,385 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from sklearn.utils.validation import check_is_fitted
 
-from skhead._base import extract_subspaces, open_door
-from skhead.exceptions import DegenerateHeadError, HeadShapeError
-from skhead.linalg.factored import signed_identity
-from skhead.weights import head_labels
+from skhead._base import (
+    HeadEstimator,
+    HeadInput,
+    check_option,
+    default_device,
+    extract_subspaces,
+    open_door,
+    parse_bytes,
+)
+from skhead._circuits.models import ScoredHeads, score_model, score_stack
+from skhead._circuits.scores import GROUPS, identity_parts
+from skhead._circuits.surroundings import Reading
+from skhead.exceptions import CheckpointError, DegenerateHeadError, HeadShapeError
+from skhead.weights import HEAD_COLUMNS, check_heads, head_labels
 
-__all__ = ["identity_scores"]
+__all__ = ["CircuitScorer", "identity_scores"]
 
 #: Heads per float64 work block.
 _CHUNK = 64
+_EVERY = tuple(name for group in GROUPS.values() for name in group)
+
+
+class CircuitScorer(HeadEstimator):
+    """Classic circuit measures of every head, as features: one row per head, one column per score.
+
+    Everything is read from the weights, without running the model, and through ``d_head x d_head``
+    matrices: no ``d_model x d_model`` map and no ``n_vocab x n_vocab`` circuit is formed whole.
+    A score never depends on which other heads are in the table: partners of composition and
+    induction are looked for among all heads of the head's own model.
+
+    Parameters
+    ----------
+    scores : str or sequence of str, default="all"
+        Names of scores, of groups of scores ("maps", "tokens", "positions", "composition",
+        "induction"), or "all". Of a stack, "all" is the group "maps", as it has no tokens and no
+        layers.
+    fold_norm, center : bool, default=False
+        As for `SubspaceExtractor`; the same is done to embedding, unembedding and positions: the
+        final norm's gain is folded into the unembedding, and rows are centred.
+    errors : {"warn", "raise", "ignore"}, default="warn"
+        What to do about scores whose ingredients the model lacks, such as a checkpoint without
+        token embedding: leave NaN columns with a warning that names what is missing, raise, or
+        leave them in silence.
+    relative_position : int, default=0
+        How many positions the key lies behind the query in all QK scores of models with rotary
+        positions, whose queries are turned accordingly. Other models do not depend on it.
+    n_positions : int, default=64
+        First positions between which the positional scores are taken; fewer if the model has fewer.
+    position_scale : float, default=0.5
+        Root mean square of learned positions behind the norm: their share of a normalised stream
+        that holds tokens and the work of other heads as well, of which 1 would be all. Larger
+        values sharpen attention by position. Without effect on models without norms or with rotary
+        positions.
+    n_tokens : int or None, default=2048
+        Tokens, evenly spread over the vocabulary, that ``ov_top1_self`` and ``qk_top1_self`` ask,
+        each against the whole vocabulary; None asks all.
+    max_memory : int or str, default="1GiB"
+        For the matrices of heads and scratch; the least that is read at once are three layers. The
+        embedding and unembedding come on top, with three matrices of d_model by d_model and a few
+        blocks of 64 MiB.
+    device : str, torch.device or None, default=None
+        Where to compute; float64 is needed.
+
+    Attributes
+    ----------
+    scores_ : tuple of str
+        Names of the columns.
+
+    See Also
+    --------
+    CompositionScore : The composition of every pair of heads.
+    identity_scores : Two of the scores, as a function.
+
+    Notes
+    -----
+    E and U have one row per token, W_OV = W_V W_O and W_QK = W_Q W_K^T. "Random" is what heads of
+    independent Gaussian entries get on average. Biases do not enter, and of norms nothing but their
+    gains, and these only with ``fold_norm=True``. A norm on queries and keys inside the head (Qwen
+    3) is left out too: QK scores then say what the head would match without it.
+
+    Group "maps", for OV and QK each; nothing but the four matrices, raw or folded:
+
+    - ``ov_norm, qk_norm``: Frobenius norms of W_OV and W_QK.
+    - ``ov_effective_rank, qk_effective_rank``: exponential of the entropy of the singular values,
+      1 to d_head.
+    - ``ov_stable_rank, qk_stable_rank``: squared Frobenius over squared spectral norm, 1 to d_head.
+    - ``ov_spectral_entropy, qk_spectral_entropy``: entropy of the squared singular values over
+      log(d_head), 0 to 1.
+    - ``ov_eigenvalue_ratio, qk_eigenvalue_ratio``: sum of the eigenvalues over the sum of their
+      moduli, -1 to 1; random 0, with standard deviation 1.6 / d_head.
+    - ``ov_positive_share, qk_positive_share``: share of eigenvalues of positive real part, 0 to 1;
+      random 0.5.
+    - ``ov_mean_phase, qk_mean_phase``: mean angle of the eigenvalues to the positive axis over pi,
+      weighted by modulus, 0 to 1; random 0.5.
+    - ``identity_signed``: trace of W_OV over its norm and sqrt(rank), -1 to 1; random 0.
+    - ``pk_vo, pk_qk``: overlap of the subspaces of V and O, of Q and K, 0 to d_head; random
+      d_head^2 / d_model.
+    - ``qk_symmetric``: symmetric share of the squared norm of W_QK, 0 to 1; random 0.5.
+
+    Group "tokens"; embedding and, for OV, unembedding, final gain folded or not:
+
+    - ``ov_copying, qk_matching``: the eigenvalue ratio of E W_OV U^T and of E W_QK E^T, -1 to 1;
+      random 0, with standard deviation 1.6 / d_head or a little more.
+    - ``ov_diagonal, qk_diagonal``: mean diagonal entry of these circuits above the mean of all
+      entries, in standard deviations of the entries; random 0.
+    - ``ov_top1_self, qk_top1_self``: share of tokens that the circuit leads to themselves before
+      all others, 0 to 1; random 1 / n_vocab.
+
+    Group "positions"; learned or rotary positions, see `n_positions`:
+
+    - ``previous_token, current_token, first_token``: attention by position alone, as (attention -
+      uniform) / (1 - uniform), at most 1; random 0. The logits are those of P W_QK P^T for learned
+      positions P, each row at root mean square `position_scale` if the model has norms; for rotary
+      ones the mean over independent pairs of tokens, each row at 1, at every offset. Learned
+      positions are those as stored, which later layers of a deep model see rewritten. On models
+      whose gains differ much between coordinates, such as GPT-2, fold them for these scores.
+
+    Group "composition"; the other heads of the model:
+
+    - ``{q,k,v}_composition_{in,out}_{mean,max}``: composition score over its baseline
+      1 / sqrt(d_model), mean or maximum over the heads of earlier layers (in) or of later ones
+      (out), 0 up; random 1. 0 where there are none.
+
+    Group "induction"; embedding and earlier heads, ``induction_strength`` what "positions" and
+    ``ov_copying`` need as well:
+
+    - ``induction_matching``: largest eigenvalue ratio of E W_Q (W_OV' W_K)^T E^T over earlier heads
+      ': does the head look for tokens that follow its own? -1 to 1; 0 in the first layer. A maximum
+      over the some 8 to 16 of largest cosine, so that a random head gets about 3 / d_head.
+    - ``induction_feeding``: the same for the earlier head, over later ones.
+    - ``induction_strength``: largest over earlier heads of the least of that ratio, the earlier
+      head's ``previous_token`` and the own ``ov_copying``, -1 to 1; random about 0.
+
+    Tables of several models may be mixed, of any widths.
+
+    References
+    ----------
+    .. [1] N. Elhage et al., "A Mathematical Framework for Transformer Circuits", Transformer
+       Circuits Thread (2021).
+    .. [2] O. Roy and M. Vetterli, "The effective rank: a measure of effective dimensionality",
+       EUSIPCO (2007).
+
+    Examples
+    --------
+    >>> import skhead
+    >>> heads = skhead.load_heads("skhead/induction-2l")
+    >>> scorer = skhead.CircuitScorer(scores=["ov_copying", "induction_strength"])
+    >>> features = scorer.fit_transform(heads)
+    >>> features.shape, features["induction_strength"].idxmax()
+    ((16, 2), 'L1H1')
+    """
+
+    def __init__(
+        self,
+        scores: str | Sequence[str] = "all",
+        fold_norm: bool = False,
+        center: bool = False,
+        errors: str = "warn",
+        relative_position: int = 0,
+        n_positions: int = 64,
+        position_scale: float = 0.5,
+        n_tokens: int | None = 2048,
+        max_memory: int | str = "1GiB",
+        device: str | torch.device | None = None,
+    ) -> None:
+        self.scores = scores
+        self.fold_norm = fold_norm
+        self.center = center
+        self.errors = errors
+        self.relative_position = relative_position
+        self.n_positions = n_positions
+        self.position_scale = position_scale
+        self.n_tokens = n_tokens
+        self.max_memory = max_memory
+        self.device = device
+
+    def fit(self, X: Any, y: Any = None) -> CircuitScorer:
+        """Check the heads and settle the columns; nothing is learned from weights.
+
+        Parameters
+        ----------
+        X : DataFrame, or array or Tensor of shape (n_heads, 4, d_model, d_head)
+            Heads table, or W_Q, W_K, W_V and W_O transposed.
+        y : ignored
+
+        Returns
+        -------
+        self
+        """
+        self._fit(X)
+        return self
+
+    def _fit(self, X: Any) -> list[HeadInput]:
+        self._check_parameters()
+        inputs = self._open(X)
+        self.scores_ = self._names(stack=inputs[0].stacks is not None)
+        return inputs
+
+    def transform(self, X: Any) -> Any:
+        """Score the heads.
+
+        Parameters
+        ----------
+        X : DataFrame, or array or Tensor
+            As for `fit`; of any width.
+
+        Returns
+        -------
+        DataFrame or ndarray of shape (n_heads, n_scores), float64
+            A DataFrame with the index of a heads table; an array for a stack. What
+            ``set_output`` asks for, if it has been called.
+
+        Raises
+        ------
+        DegenerateHeadError
+            If the OV or QK map of a head is zero.
+        CheckpointError
+            If an ingredient is missing and ``errors="raise"``.
+        """
+        check_is_fitted(self)
+        self._check_parameters()
+        return self._transform(X, self._open(X))
+
+    def fit_transform(self, X: Any, y: Any = None) -> Any:
+        """Fit and score the heads; see `fit` and `transform`.
+
+        Parameters
+        ----------
+        X : DataFrame, or array or Tensor of shape (n_heads, 4, d_model, d_head)
+            As for `fit`.
+        y : ignored
+
+        Returns
+        -------
+        DataFrame or ndarray of shape (n_heads, n_scores), float64
+        """
+        return self._transform(X, self._fit(X))
+
+    def _transform(self, X: Any, inputs: Sequence[HeadInput]) -> Any:
+        values = np.full((sum(len(part.heads) for part in inputs), len(self.scores_)), np.nan)
+        columns = {name: i for i, name in enumerate(self.scores_)}
+        sources = X["source"].to_numpy() if isinstance(X, pd.DataFrame) else None
+        for part in inputs:
+            scored = self._score(part)
+            self._report_missing(scored.missing, part)
+            rows = slice(None) if sources is None else sources == part.heads["source"].iloc[0]
+            for name, scores in scored.scores.items():
+                values[rows, columns[name]] = scores
+        if sources is None:
+            return values
+        return pd.DataFrame(values, X.index, list(self.scores_))
+
+    def get_feature_names_out(self, input_features: Any = None) -> NDArray[np.object_]:
+        """Names of the scores.
+
+        Parameters
+        ----------
+        input_features : ignored
+
+        Returns
+        -------
+        ndarray of shape (n_scores,)
+        """
+        check_is_fitted(self)
+        return np.asarray(self.scores_, dtype=object)
+
+    def _check_parameters(self) -> None:
+        name = type(self).__name__
+        check_option("errors", self.errors, ("warn", "raise", "ignore"), name)
+        parse_bytes(self.max_memory, name)
+        scale: Any = self.position_scale
+        if not isinstance(scale, int | float | np.number) or not 0 < scale < np.inf:
+            raise ValueError(f"{name}: position_scale must be a number above 0, got {scale!r}")
+        for parameter, least in (("relative_position", 0), ("n_positions", 3), ("n_tokens", 1)):
+            value = getattr(self, parameter)
+            if parameter == "n_tokens" and value is None:
+                continue
+            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+            if not whole or value < least:
+                raise ValueError(
+                    f"{name}: {parameter} must be an integer of at least {least}, got {value!r}"
+                )
+
+    def _open(self, X: Any) -> list[HeadInput]:
+        """The heads of each source; one part for a stack."""
+        name = type(self).__name__
+        if isinstance(X, pd.DataFrame) and _has_sources(X):
+            groups = X.groupby("source", sort=False, dropna=False)
+            return [HeadInput(check_heads(part, name), None) for _, part in groups]
+        source = open_door(X, name)
+        if source.anonymous:
+            raise HeadShapeError(
+                f"{name}: needs all four matrices of every head; pass a heads table or a stack of "
+                "shape (n_heads, 4, d_model, d_head) for Q, K, V, O"
+            )
+        if self.fold_norm or self.center or self.relative_position:
+            raise ValueError(
+                f"{name}: fold_norm, center and relative_position need the model's norms and "
+                "positions; a stack has none, so pass a heads table or process the stack yourself"
+            )
+        return [source]
+
+    def _names(self, stack: bool) -> tuple[str, ...]:
+        if isinstance(self.scores, str):
+            asked = [self.scores]
+        else:
+            asked = list(self.scores) if np.iterable(self.scores) else []
+        names: list[str] = []
+        for entry in asked:
+            if entry == "all":
+                names += GROUPS["maps"] if stack else _EVERY
+            elif entry in GROUPS:
+                names += GROUPS[entry]
+            elif entry in _EVERY:
+                names.append(entry)
+            else:
+                raise ValueError(
+                    f"{type(self).__name__}: scores holds {entry!r}; it may hold 'all', the groups "
+                    f"{', '.join(GROUPS)}, or names of scores such as 'ov_copying' (all of them: "
+                    f"{', '.join(_EVERY)})"
+                )
+        if not names:
+            raise ValueError(
+                f"{type(self).__name__}: scores is {self.scores!r}; name at least one score"
+            )
+        return tuple(dict.fromkeys(names))
+
+    def _score(self, part: HeadInput) -> ScoredHeads:
+        """Scores of the heads of one source, and what is missing for the others."""
+        name = type(self).__name__
+        if part.stacks is not None:
+            return score_stack(part, self.scores_, self.device, name)
+        reading = Reading(
+            fold_norm=self.fold_norm,
+            center=self.center,
+            device=default_device() if self.device is None else self.device,
+            n_positions=int(self.n_positions),
+            position_scale=float(self.position_scale),
+            n_tokens=None if self.n_tokens is None else int(self.n_tokens),
+            relative_position=int(self.relative_position),
+        )
+        return score_model(
+            part.heads, self.scores_, reading, parse_bytes(self.max_memory, name), name
+        )
+
+    def _report_missing(self, missing: Mapping[str, str], part: HeadInput) -> None:
+        """Say once for a source which scores are not defined, and why."""
+        if not missing or self.errors == "ignore":
+            return
+        where = "the stack" if part.stacks is not None else str(part.heads["source"].iloc[0])
+        reasons = "; ".join(
+            f"{', '.join(name for name in missing if missing[name] == reason)}: {reason}"
+            for reason in dict.fromkeys(missing.values())
+        )
+        message = f"{type(self).__name__}: {where} lacks what some scores need. {reasons}."
+        if self.errors == "raise":
+            raise CheckpointError(f"{message} Choose other scores, or errors='warn' for NaN.")
+        warnings.warn(
+            f"{message} These columns are NaN; choose other scores, or errors='ignore'.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _has_sources(heads: pd.DataFrame) -> bool:
+    """Whether a heads table can be taken apart by source; if not, its check says why."""
+    columns = list(heads.columns)
+    complete = len(heads) > 0 and all(columns.count(name) == 1 for name in HEAD_COLUMNS)
+    return complete and all(isinstance(source, str) for source in heads["source"])
 
 
 def identity_scores(
@@ -74,11 +437,10 @@ def identity_scores(
     parts = []
     for start in range(0, len(source.heads), _CHUNK):
         rows = slice(start, start + _CHUNK)
-        v, o = (_heads_of(basis.vectors, basis.index[rows]).double() for basis in bases)
+        v, o = (_heads_of(basis.vectors, basis.index[rows]) for basis in bases)
         w_v, w_o = (_heads_of(read.tensor, read.index[rows]) for read in matrices)
-        overlap = (v.mT @ o).square().sum((1, 2))
-        signed = signed_identity(w_v, w_o, torch.as_tensor(ranks[rows], device=w_v.device))
-        parts.append(torch.stack([overlap, signed], dim=1).cpu().numpy())
+        found = identity_parts(v, o, w_v, w_o, torch.as_tensor(ranks[rows], device=w_v.device))
+        parts.append(torch.stack(found, dim=1).cpu().numpy())
     labels = pd.Index(head_labels(source.heads))
     _refuse_zero_maps(np.concatenate(parts), labels)
     return pd.DataFrame(np.concatenate(parts), labels, ["pk_vo", "identity_signed"])

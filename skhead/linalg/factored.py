@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 
 from skhead.linalg.precision import wide
 
-__all__ = ["frobenius_norms", "gram_roots", "map_factors", "product_norms", "signed_identity"]
+__all__ = [
+    "Spectrum",
+    "frobenius_norms",
+    "gram_roots",
+    "map_factors",
+    "map_spectra",
+    "product_norms",
+    "signed_identity",
+    "spectrum_summaries",
+]
 
 #: Norm of a map, relative to those of its sides, below which it is formed in float64.
 _CANCELLING = 1e-2
@@ -142,3 +154,73 @@ def signed_identity(w_v: torch.Tensor, w_o: torch.Tensor, ranks: torch.Tensor) -
     """
     trace = (w_v.double() * w_o.double()).sum((-2, -1))
     return trace / (product_norms(w_v, w_o) * ranks.double().sqrt())
+
+
+def map_spectra(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Singular values of ``left right^T``, from ``d_head x d_head`` matrices.
+
+    Parameters
+    ----------
+    left, right : Tensor of shape (n_heads, d_model, d_head)
+
+    Returns
+    -------
+    Tensor of shape (n_heads, d_head), float64
+        Falling. Those below about 1e-8 of the largest are lost in rounding.
+    """
+    product = gram_roots(left.double()).mT @ gram_roots(right.double())
+    values: torch.Tensor = torch.linalg.svdvals(product)
+    return values
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """How evenly a map uses its directions, each of shape (n_heads,) and float64.
+
+    Attributes
+    ----------
+    effective_rank : Tensor
+        Exponential of the entropy of the singular values as shares of their sum, 1 to d_head.
+    stable_rank : Tensor
+        Squared Frobenius norm over squared spectral norm, 1 to d_head.
+    entropy : Tensor
+        Entropy of the squared singular values as shares of their sum, over ``log(d_head)``: 0 for
+        one direction, 1 for all alike. 0 where d_head is 1.
+
+    References
+    ----------
+    O. Roy and M. Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO
+    (2007).
+    """
+
+    effective_rank: torch.Tensor
+    stable_rank: torch.Tensor
+    entropy: torch.Tensor
+
+
+def spectrum_summaries(singular_values: torch.Tensor) -> Spectrum:
+    """Summaries of the singular values of maps.
+
+    Parameters
+    ----------
+    singular_values : Tensor of shape (n_heads, d_head)
+        Falling, the first of each head above zero.
+
+    Returns
+    -------
+    Spectrum
+    """
+    squared = singular_values.double().square()
+    n_values = singular_values.shape[1]
+    entropy = _entropies(squared)
+    return Spectrum(
+        effective_rank=_entropies(singular_values.double()).exp(),
+        stable_rank=squared.sum(1) / squared[:, 0],
+        entropy=entropy / math.log(n_values) if n_values > 1 else torch.zeros_like(entropy),
+    )
+
+
+def _entropies(weights: torch.Tensor) -> torch.Tensor:
+    shares = weights / weights.sum(1, keepdim=True)
+    entropies: torch.Tensor = -torch.special.xlogy(shares, shares).sum(1)
+    return entropies

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -155,7 +154,6 @@ def macro_average_precision_score(
     return float(found["average_precision"].mean())
 
 
-@dataclass(frozen=True)
 class MacroAveragePrecision:
     """Scorer for cross-validation of head classes, for ``scoring=``.
 
@@ -184,8 +182,12 @@ class MacroAveragePrecision:
     1.0
     """
 
-    classes: tuple[Any, ...] | None = None
-    none_label: str = UNCLASSED
+    def __init__(self, classes: Sequence[Any] | None = None, none_label: str = UNCLASSED) -> None:
+        self.classes = classes
+        self.none_label = none_label
+
+    def __repr__(self) -> str:
+        return f"MacroAveragePrecision(classes={self.classes!r}, none_label={self.none_label!r})"
 
     def __call__(self, estimator: Any, X: Any, y: ArrayLike) -> float:
         """Score a fitted classifier.
@@ -221,5 +223,38 @@ class MacroAveragePrecision:
         return float(found["average_precision"].mean())
 
 
-#: Scorer over all classes; see `MacroAveragePrecision`.
-macro_average_precision = MacroAveragePrecision()
+def macro_average_precision(estimator: Any, X: Any, y: ArrayLike) -> float:
+    """Scorer over all classes that occur, for ``scoring=``; see `MacroAveragePrecision`.
+
+    Parameters
+    ----------
+    estimator : classifier
+        Fitted, with ``classes_``; ranks by ``decision_function``, else by ``predict_proba``.
+    X : object
+        Heads, as the estimator takes them.
+    y : array-like of shape (n_heads,) or (n_heads, n_classes)
+        Their classes, ``"None"`` for heads without one.
+
+    Returns
+    -------
+    float
+        Between 0 and 1.
+
+    Raises
+    ------
+    ValueError
+        If no head has a class, or a score is not finite.
+
+    See Also
+    --------
+    macro_average_precision_score : The same of scores instead of a classifier.
+
+    Examples
+    --------
+    >>> from sklearn.linear_model import LogisticRegression
+    >>> from skhead.metrics import macro_average_precision
+    >>> X, y = [[0.0], [0.2], [0.9], [1.0]], ["None", "None", "Induction", "Induction"]
+    >>> macro_average_precision(LogisticRegression().fit(X, y), X, y)
+    1.0
+    """
+    return MacroAveragePrecision()(estimator, X, y)

@@ -1,0 +1,221 @@
+"""What functions over whole heads share: opening their maps, tokens, and checks of parameters."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from skhead._base import HeadInput, open_door
+from skhead.exceptions import DegenerateHeadError, HeadShapeError, UnsupportedLayoutError
+from skhead.linalg.vocabulary import row_products
+from skhead.weights import head_labels
+from skhead.weights.tokens import TABLES, TokenSpace, read_token_space
+
+__all__ = [
+    "Processing",
+    "SourceHeads",
+    "check_count",
+    "check_ids",
+    "check_number",
+    "copying_form",
+    "heads_at",
+    "layer_rows",
+    "of_sources",
+    "open_maps",
+    "per_head",
+    "refuse_zero_maps",
+    "token_matrix",
+    "token_texts",
+]
+
+
+@dataclass(frozen=True)
+class Processing:
+    """How weights are read, and where."""
+
+    fold_norm: bool
+    center: bool
+    device: str | torch.device | None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The three as keyword arguments."""
+        return {"fold_norm": self.fold_norm, "center": self.center, "device": self.device}
+
+    def stack(self, source: HeadInput, role: str) -> torch.Tensor:
+        """One matrix for every head, ``(n_heads, d_model, d_head)``."""
+        read = source.read(role, **self.options)
+        return per_head(read.tensor, read.index)
+
+    def tokens(self, source: str, tables: Collection[str] = TABLES) -> TokenSpace:
+        """Embedding, unembedding and positions of a source, processed alike."""
+        return read_token_space(source, tables=tables, **self.options)
+
+
+def per_head(stack: torch.Tensor, index: NDArray[np.int64]) -> torch.Tensor:
+    """One matrix for every head, of a stack that holds each distinct one once."""
+    if np.array_equal(index, np.arange(len(stack))):
+        return stack
+    return stack[torch.as_tensor(index, device=stack.device)]
+
+
+def open_maps(heads: Any, caller: str) -> HeadInput:
+    """Heads of which all four matrices are at hand."""
+    source = open_door(heads, caller)
+    if source.anonymous:
+        raise HeadShapeError(
+            f"{caller}: needs all four matrices of every head; pass a heads table or a stack of "
+            "shape (n_heads, 4, d_model, d_head) for Q, K, V, O"
+        )
+    return source
+
+
+@dataclass(frozen=True)
+class SourceHeads:
+    """The heads of one model.
+
+    Attributes
+    ----------
+    name : str
+        The source, or ``"array"`` for a stack.
+    heads : HeadInput
+    rows : ndarray of shape (n_heads,), int64
+        Where they stand in the whole table.
+    labels : ndarray of shape (n_heads,), object
+        As they are called in the whole table.
+    """
+
+    name: str
+    heads: HeadInput
+    rows: NDArray[np.int64]
+    labels: NDArray[np.object_]
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The heads table."""
+        return self.heads.heads
+
+    @property
+    def stored(self) -> bool:
+        """Whether there is a model to read tokens from."""
+        return self.heads.stacks is None
+
+
+def of_sources(opened: HeadInput) -> list[SourceHeads]:
+    """The heads of each model by themselves; those of a stack belong together."""
+    labels = np.asarray(head_labels(opened.heads), dtype=object)
+    if opened.stacks is not None:
+        return [SourceHeads("array", opened, np.arange(len(labels), dtype=np.int64), labels)]
+    sources = opened.heads["source"].to_numpy()
+    found = []
+    for name in dict.fromkeys(sources):
+        rows = np.flatnonzero(sources == name)
+        found.append(SourceHeads(str(name), heads_at(opened, rows), rows, labels[rows]))
+    return found
+
+
+def heads_at(opened: HeadInput, rows: NDArray[np.int64]) -> HeadInput:
+    """Some of the heads."""
+    stacks = opened.stacks
+    if stacks is not None:
+        stacks = {role: stack[torch.as_tensor(rows)] for role, stack in stacks.items()}
+    return HeadInput(opened.heads.iloc[rows], stacks, opened.eps)
+
+
+def layer_rows(heads: pd.DataFrame) -> list[NDArray[np.int64]]:
+    """Positions of the heads of every layer, by rising layer."""
+    layers = heads["layer"].to_numpy()
+    return [np.flatnonzero(layers == layer) for layer in np.unique(layers)]
+
+
+def refuse_zero_maps(norms: torch.Tensor, heads: pd.DataFrame, name: str, caller: str) -> None:
+    """Raise for the first head whose map is zero."""
+    zero = (norms == 0).nonzero()
+    if len(zero):
+        label = head_labels(heads)[int(zero[0])]
+        raise DegenerateHeadError(
+            f"{caller}: the {name} map of {label} is zero, so that nothing composes with it; "
+            "drop the head, for example heads.drop(index=...)"
+        )
+
+
+def token_matrix(space: TokenSpace, which: str, caller: str) -> torch.Tensor:
+    """The embedding or unembedding, or an error that names the tensor that is not there."""
+    matrix: torch.Tensor | None = getattr(space, which)
+    if matrix is None:
+        raise UnsupportedLayoutError(f"{caller}: {space.missing[which]}")
+    return matrix
+
+
+def copying_form(
+    model: SourceHeads, process: Processing, errors: str, caller: str
+) -> torch.Tensor | None:
+    """``U^T E`` of a model; None, with a warning or an error, where either is not there."""
+    try:
+        if not model.stored:
+            raise UnsupportedLayoutError(
+                f"{caller}: a stack has no tokens; name its weights and embedding with "
+                "register_model and pass that heads table"
+            )
+        space = process.tokens(model.name)
+        ends = [token_matrix(space, which, caller) for which in ("embedding", "unembedding")]
+    except UnsupportedLayoutError as error:
+        if errors == "raise":
+            raise
+        warnings.warn(f"{error}. Copying scores are NaN.", UserWarning, stacklevel=5)
+        return None
+    embedding, unembedding = ends
+    return row_products(unembedding, embedding)
+
+
+def check_ids(tokens: Any, n_vocab: int, name: str, caller: str) -> NDArray[np.int64]:
+    """Token ids as an array; all where None is given."""
+    if tokens is None:
+        return np.arange(n_vocab, dtype=np.int64)
+    ids = np.asarray(tokens)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or not ids.size:
+        raise ValueError(f"{caller}: {name} must be a list of token ids or None; got {tokens!r}")
+    outside = ids[(ids < 0) | (ids >= n_vocab)]
+    if outside.size:
+        raise ValueError(
+            f"{caller}: {name} holds {outside[0]}, but the token ids are 0 to {n_vocab - 1}"
+        )
+    return ids.astype(np.int64)
+
+
+def token_texts(tokens: NDArray[np.int64], vocabulary: Any, caller: str) -> list[str]:
+    """Text of each token id by a callable, a sequence or a mapping."""
+    try:
+        if callable(vocabulary):
+            return [str(vocabulary(int(token))) for token in tokens]
+        return [str(vocabulary[int(token)]) for token in tokens]
+    except (LookupError, TypeError) as error:
+        raise ValueError(
+            f"{caller}: vocabulary must give the text of every token id, as a callable, a sequence "
+            f"or a mapping; it failed with {type(error).__name__}: {error}"
+        ) from error
+
+
+def check_count(name: str, value: Any, caller: str, *, smallest: int = 1) -> int:
+    """A whole number of at least `smallest`."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < smallest:
+        raise ValueError(
+            f"{caller}: {name} must be an integer of at least {smallest}; got {value!r}"
+        )
+    return int(value)
+
+
+def check_number(name: str, value: Any, caller: str) -> float:
+    """A finite number."""
+    real = isinstance(value, int | float | np.integer | np.floating)
+    if not real or isinstance(value, bool) or not np.isfinite(value):
+        raise ValueError(f"{caller}: {name} must be a finite number; got {value!r}")
+    return float(value)

@@ -1,0 +1,349 @@
+"""Pairs of heads that carry out induction, found in the weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from scipy.special import ndtri
+
+from skhead._base import ROLES, defined_pairs, progress_bar
+from skhead._inputs import (
+    Processing,
+    SourceHeads,
+    check_count,
+    check_number,
+    layer_rows,
+    of_sources,
+    open_maps,
+    refuse_zero_maps,
+    token_matrix,
+)
+from skhead.exceptions import HeadTableError, UnsupportedLayoutError
+from skhead.linalg.circuits import eigenvalue_ratios, paired_matching, small_circuits
+from skhead.linalg.factored import product_norms
+from skhead.linalg.inputs import mean_inputs
+from skhead.linalg.paths import head_maps, induction_statistics
+from skhead.linalg.positions import (
+    learned_position_logits,
+    position_scores,
+    rotary_position_logits,
+)
+from skhead.linalg.topk import largest_entries
+from skhead.linalg.vocabulary import row_products
+from skhead.weights import describe_sources
+from skhead.weights.offsets import read_offsets
+from skhead.weights.tokens import TokenSpace
+
+__all__ = ["induction_pairs"]
+
+_CALLER = "induction_pairs"
+#: Pairs whose composed circuits are decomposed at once.
+_BLOCK = 64
+
+
+def induction_pairs(
+    heads: Any,
+    *,
+    min_score: float = 0.5,
+    alpha: float = 0.01,
+    top: int | None = 1000,
+    n_positions: int = 64,
+    fold_norm: bool = False,
+    center: bool = False,
+    device: str | torch.device | None = None,
+) -> pd.DataFrame:
+    """Pairs of a previous-token head and an induction head that reads what it wrote.
+
+    Induction continues a repeated text: at a token, it looks for the place after the token's
+    earlier occurrence, and copies what stands there. It takes two heads. The first attends to the
+    previous position and writes there what it found; the second compares its own token with what
+    the first has written, ``E W_Q2 (W_V1 W_O1 W_K2)^T E^T``, and copies. A pair is called
+    where all three parts are read off the weights: attention to the previous token by the first
+    head, matching of equal tokens by the pair, copying by the second head; and where the matching
+    is more than chance allows among all pairs of the model.
+
+    Composition in the Frobenius norm is reported, but not used: it sees how much of what the first
+    head writes is read, and not whether it is compared with the same token.
+
+    Parameters
+    ----------
+    heads : DataFrame
+        Heads table, of one or several models. Partners are sought among its rows.
+    min_score : float, default=0.5
+        Smallest ``score`` of a pair that is called.
+    alpha : float, default=0.01
+        Probability of calling any pair of a model where the earlier heads' maps are rotated at
+        random: ``matching_z`` must exceed the normal quantile at ``alpha`` divided by the number of
+        pairs of different layers.
+    top : int or None, default=1000
+        Largest number of pairs of each model to decompose and return, those of largest
+        ``matching_z``; None for all.
+    n_positions : int, default=64
+        Number of first positions over which attention to the previous token is averaged; at least
+        3, and at most the context of a model with learned positions.
+    fold_norm, center : bool, default=False
+        As for `SubspaceExtractor`, applied to embedding and unembedding too. With folded gains,
+        ``previous_token`` also takes in the biases of queries, keys and norm, as far as the source
+        holds them, and comes close to what the head does on random tokens.
+    device : str, torch.device or None, default=None
+        Where to compute.
+
+    Returns
+    -------
+    DataFrame
+        One row for each pair whose three parts are all positive, by falling score:
+
+        ``source``, ``previous_head``, ``induction_head``
+            The model, and the labels of both heads.
+        ``k_composition``, ``k_ratio``
+            ``||W_OV1 W_K2 W_Q2^T||_F / (||W_OV1||_F ||W_Q2 W_K2^T||_F)``, and the same over its
+            value at random, ``d_model^-1/2``.
+        ``previous_token``
+            Attention of the first head to the previous position by position alone, above uniform
+            attention: 1 is all attention, 0 as much as uniform. The head sees at each position the
+            mean over all tokens of the normalised sum of token and position. Under rotary positions
+            the mean token stands everywhere, and the scores turn with the offset.
+        ``matching``
+            Sum of the eigenvalues of ``E W_Q2 (W_OV1 W_K2)^T E^T`` over the sum of their moduli, in
+            [-1, 1]. The mean token is taken off E, as what all keys have in common has no effect on
+            attention. Rotary positions are left out, which is exact at an offset of 0.
+        ``matching_z``
+            The sum of these eigenvalues in standard deviations of its law when the OV map of the
+            first head keeps its subspaces and singular values but is rotated at random in between;
+            of mean 0 and standard deviation 1, and at most d_head.
+        ``copying``
+            Sum of the eigenvalues of ``E W_OV2 U`` over the sum of their moduli, in [-1, 1].
+        ``score``
+            The smallest of ``previous_token``, ``matching`` and ``copying``.
+        ``is_induction``
+            Whether the pair is called.
+
+    Raises
+    ------
+    HeadTableError
+        If `heads` is no heads table, so that there are no tokens to read.
+    UnsupportedLayoutError
+        If a model's file holds no embedding or unembedding, or its positions are neither learned
+        nor rotary.
+    DegenerateHeadError
+        If an OV or QK map is zero.
+    ValueError
+        If a parameter is out of range.
+
+    Warns
+    -----
+    UserWarning
+        If a norm acts on queries and keys within the heads, which the circuits leave out.
+
+    Notes
+    -----
+    MLPs between the heads are no part of these circuits, so that pairs are missed that need them.
+    Where few directions dominate a circuit, its eigenvalue ratio reaches 0.9 between unrelated
+    heads, which `matching_z` tells apart: it asks how many directions agree.
+
+    References
+    ----------
+    N. Elhage et al., "A mathematical framework for transformer circuits", Transformer Circuits
+    Thread (2021): induction heads by K-composition, and their two eigenvalue scores. C. Olsson et
+    al., "In-context learning and induction heads", Transformer Circuits Thread (2022).
+
+    Examples
+    --------
+    >>> import skhead
+    >>> from skhead.induction import induction_pairs
+    >>> pairs = induction_pairs(skhead.load_heads("skhead/induction-2l"))
+    >>> pairs.loc[pairs["is_induction"], ["previous_head", "induction_head"]].values.tolist()
+    [['L0H0', 'L1H1']]
+    """
+    smallest = check_number("min_score", min_score, _CALLER)
+    level = check_number("alpha", alpha, _CALLER)
+    if not 0 < level < 1:
+        raise ValueError(f"{_CALLER}: alpha must lie between 0 and 1; got {alpha!r}")
+    limit = None if top is None else check_count("top", top, _CALLER)
+    places = check_count("n_positions", n_positions, _CALLER, smallest=3)
+    process = Processing(fold_norm, center, device)
+    tables = []
+    for model in of_sources(open_maps(heads, _CALLER)):
+        if not model.stored:
+            raise HeadTableError(
+                f"{_CALLER}: needs the tokens of a model, which a stack does not have; name its "
+                "weights and embedding with register_model and pass that heads table"
+            )
+        found = _pairs_of_model(model, limit, places, process)
+        beyond = -ndtri(level / max(found.n_pairs, 1))
+        called = (found.table["score"] >= smallest) & (found.table["matching_z"] > beyond)
+        tables.append(found.table.assign(is_induction=called))
+    return pd.concat(tables, ignore_index=True)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Pairs of one model, and among how many they were sought."""
+
+    table: pd.DataFrame
+    n_pairs: int
+
+
+def _pairs_of_model(
+    model: SourceHeads, top: int | None, n_positions: int, process: Processing
+) -> _Found:
+    space = process.tokens(model.name)
+    embedding, unembedding = _both_ends(space)
+    stacks = {role: process.stack(model.heads, role) for role in ROLES}
+    refuse_zero_maps(product_norms(stacks["V"], stacks["O"]), model.table, "OV", _CALLER)
+    refuse_zero_maps(product_norms(stacks["Q"], stacks["K"]), model.table, "QK", _CALLER)
+    logits = _position_logits(model, space, embedding, stacks, n_positions, process)
+    previous = position_scores(logits).previous.cpu().numpy()
+    form = row_products(unembedding, embedding)
+    copies = eigenvalue_ratios(small_circuits(stacks["V"], stacks["O"], form)).cpu().numpy()
+    gram = _centred_gram(embedding)
+    allowed = defined_pairs(model.table, model.table, True, "forward")
+    composition, deviations = _statistics(model, allowed, stacks, gram)
+    possible = (deviations > 0) & (previous[:, None] > 0) & (copies[None, :] > 0)
+    ranked = np.where(possible, deviations, np.nan)
+    first, second = largest_entries(ranked, ranked.size if top is None else top)
+    matching = _matching(first, second, stacks, gram)
+    table = {
+        "source": model.name,
+        "previous_head": model.labels[first],
+        "induction_head": model.labels[second],
+        "k_composition": composition[first, second],
+        "k_ratio": composition[first, second] * model.heads.d_model**0.5,
+        "previous_token": previous[first],
+        "matching": matching,
+        "matching_z": deviations[first, second],
+        "copying": copies[second],
+        "score": np.minimum(np.minimum(previous[first], matching), copies[second]),
+    }
+    ordered = pd.DataFrame(table).sort_values("score", ascending=False, kind="stable")
+    return _Found(ordered, int(allowed.sum()))
+
+
+def _both_ends(space: TokenSpace) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embedding and unembedding of the same tokens."""
+    embedding, unembedding = (
+        token_matrix(space, which, _CALLER) for which in ("embedding", "unembedding")
+    )
+    if len(embedding) != len(unembedding):
+        raise UnsupportedLayoutError(
+            f"{_CALLER}: {space.source} has {len(embedding)} tokens in its embedding and "
+            f"{len(unembedding)} in its unembedding, so that no circuit leads from each token to "
+            "itself"
+        )
+    if space.query_key_norm:
+        warnings.warn(
+            f"{_CALLER}: the heads of {space.source} normalise their queries and keys, which the "
+            "circuits leave out",
+            UserWarning,
+            stacklevel=4,
+        )
+    return embedding, unembedding
+
+
+def _centred_gram(embedding: torch.Tensor) -> torch.Tensor:
+    """``E^T E`` of the embedding without its mean token."""
+    mean = embedding.mean(0, dtype=torch.float64)
+    return row_products(embedding, embedding) - len(embedding) * torch.outer(mean, mean)
+
+
+def _position_logits(
+    model: SourceHeads,
+    space: TokenSpace,
+    embedding: torch.Tensor,
+    stacks: Mapping[str, torch.Tensor],
+    n_positions: int,
+    process: Processing,
+) -> torch.Tensor:
+    """Attention logits between positions, of every head."""
+    norm = describe_sources(model.table)[0].norm.removesuffix("+1")
+    w_q, w_k = stacks["Q"], stacks["K"]
+    if process.fold_norm:
+        w_q, w_k = (
+            torch.cat([w, read_offsets(model.table, role, device=w.device)[:, None].to(w)], dim=1)
+            for role, w in (("Q", w_q), ("K", w_k))
+        )
+    if space.position_kind == "learned":
+        if space.positions is None:
+            raise UnsupportedLayoutError(f"{_CALLER}: {space.missing['positions']}")
+        inputs = mean_inputs(embedding, space.positions[:n_positions], norm)
+        return learned_position_logits(_widened(inputs, w_q), w_q, w_k)
+    if space.position_kind != "rotary":
+        raise UnsupportedLayoutError(
+            f"{_CALLER}: {space.source} has positions of the kind {space.position_kind!r}; "
+            "attention to the previous token is read only off learned and rotary positions"
+        )
+    token = _widened(mean_inputs(embedding, None, norm), w_q)[0]
+    parts = []
+    for rows in layer_rows(model.table):
+        rotary = space.rotary_at(int(model.table["layer"].iloc[rows[0]]))
+        at = torch.as_tensor(rows, device=embedding.device)
+        queries = w_q[at].clone()
+        queries[..., : rotary.n_dims] *= rotary.scaling**2
+        parts.append(
+            rotary_position_logits(
+                token,
+                queries,
+                w_k[at],
+                n_positions,
+                frequencies=rotary.frequencies,
+                n_dims=rotary.n_dims,
+                pairing=rotary.pairing,
+            )
+        )
+    order = np.argsort(np.concatenate(layer_rows(model.table)))
+    return torch.cat(parts)[torch.as_tensor(order, device=embedding.device)]
+
+
+def _widened(inputs: torch.Tensor, stack: torch.Tensor) -> torch.Tensor:
+    """Inputs with a coordinate 1 for stacks that have a row of constants."""
+    ones = inputs.new_ones(len(inputs), stack.shape[1] - inputs.shape[1])
+    return torch.cat([inputs, ones], dim=1)
+
+
+def _statistics(
+    model: SourceHeads,
+    allowed: NDArray[np.bool_],
+    stacks: Mapping[str, torch.Tensor],
+    gram: torch.Tensor,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """K-composition and deviation of the matching, of all pairs of different layers."""
+    maps = head_maps(stacks["V"], stacks["O"])
+    composition, deviations = np.full(allowed.shape, np.nan), np.full(allowed.shape, np.nan)
+    for columns in progress_bar(layer_rows(model.table), _CALLER, unit="layer"):
+        rows = np.flatnonzero(allowed[:, columns].any(axis=1))
+        if rows.size:
+            at = torch.as_tensor(columns, device=gram.device)
+            found = induction_statistics(maps.take(rows), stacks["Q"][at], stacks["K"][at], gram)
+            block = np.ix_(rows, columns)
+            composition[block], deviations[block] = (part.cpu().numpy() for part in found)
+    return composition, deviations
+
+
+def _matching(
+    first: NDArray[np.int64],
+    second: NDArray[np.int64],
+    stacks: Mapping[str, torch.Tensor],
+    gram: torch.Tensor,
+) -> NDArray[np.float64]:
+    """Eigenvalue ratios of the composed circuits of chosen pairs, later head by later head."""
+    found = np.empty(len(first))
+    for later in np.unique(second):
+        queries, keys = gram @ stacks["Q"][later].double(), stacks["K"][later].double()
+        pairs = np.flatnonzero(second == later)
+        for chosen in np.array_split(pairs, -(-len(pairs) // _BLOCK)):
+            earlier = torch.as_tensor(first[chosen], device=gram.device)
+            ratios = paired_matching(
+                queries.expand(len(chosen), -1, -1),
+                keys.expand(len(chosen), -1, -1),
+                stacks["V"][earlier],
+                stacks["O"][earlier],
+            )
+            found[chosen] = ratios.cpu().numpy()
+    return found

@@ -1,0 +1,284 @@
+"""Paths through several heads, and what one head does to the output of another, as factors.
+
+The OV maps of heads along a path multiply to ``W_V1 (W_O1 W_V2) ... W_On``: the map of a virtual
+head. Everything here is computed from the ``d_head x d_head`` products in the middle. Stacks are in
+residual coordinates, ``(n_heads, d_model, d_head)``, so `w_o` is W_O transposed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from skhead.linalg.bases import orthonormal_bases
+from skhead.linalg.factored import gram_roots, product_norms
+from skhead.linalg.topk import largest_entries
+
+__all__ = [
+    "HeadMaps",
+    "best_paths",
+    "erasure_statistics",
+    "head_maps",
+    "induction_statistics",
+    "path_reads",
+    "stream_dimensions",
+]
+
+#: Bytes of scratch for the pairs of heads that are handled at once.
+_SCRATCH = 2**27
+#: Share of the largest weight below which a direction is not told from rounding in float32.
+_UNUSED = 1e-10
+
+
+def best_paths(
+    w_v: torch.Tensor, w_o: torch.Tensor, allowed: NDArray[np.bool_], length: int, beam: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The paths of heads whose OV maps compose most strongly.
+
+    The score of a path is ``||W_OV1 ... W_OVn||_F / (||W_OV1||_F ... ||W_OVn||_F)``. All paths of
+    length 2 are compared; each further step extends the `beam` best paths by every head.
+
+    Parameters
+    ----------
+    w_v, w_o : Tensor of shape (n_heads, d_model, d_head)
+    allowed : ndarray of shape (n_heads, n_heads)
+        Whether the column head may follow the row head directly.
+    length : int
+        Heads on a path, at least 2.
+    beam : int
+        Paths that are kept.
+
+    Returns
+    -------
+    steps : ndarray of shape (n_paths, length), int64
+        Heads along each path, by falling score; at most `beam` paths, none through a head twice.
+    scores : ndarray of shape (n_paths,), float64
+    """
+    norms = product_norms(w_v, w_o).to(w_v.dtype)[:, None, None]
+    lefts, ends = gram_roots(w_v).mT / norms, gram_roots(w_o) / norms
+    steps = np.arange(len(w_v), dtype=np.int64)[:, None]
+    scores = np.ones(len(w_v))
+    for _ in range(length - 1):
+        extended = np.full((len(steps), len(w_v)), np.nan)
+        for last in np.unique(steps[:, -1]):
+            rows, following = np.flatnonzero(steps[:, -1] == last), np.flatnonzero(allowed[last])
+            if following.size:
+                links = w_o[last].mT @ w_v[following] @ ends[following]
+                extended[np.ix_(rows, following)] = _extension_norms(lefts[rows], links)
+        extended[np.arange(len(steps))[:, None], steps] = np.nan
+        rows, columns = largest_entries(extended, beam)
+        links = w_o[steps[rows, -1]].mT @ w_v[columns]
+        lefts = lefts[rows] @ links / norms[columns]
+        steps = np.concatenate([steps[rows], columns[:, None]], axis=1)
+        scores = extended[rows, columns]
+    return steps, scores
+
+
+def _extension_norms(lefts: torch.Tensor, links: torch.Tensor) -> NDArray[np.float64]:
+    """``||left_i link_j||_F`` for all paths i and all heads j that may follow."""
+    (n_paths, r, _), (n_links, _, s) = lefts.shape, links.shape
+    flat = links.permute(1, 0, 2).reshape(r, n_links * s)
+    step = max(_SCRATCH // (lefts.element_size() * r * n_links * s), 1)
+    parts = []
+    for start in range(0, n_paths, step):
+        product = (lefts[start : start + step].reshape(-1, r) @ flat).view(-1, r, n_links, s)
+        parts.append(product.double().square().sum((1, 3)).sqrt())
+    norms: NDArray[np.float64] = torch.cat(parts).cpu().numpy()
+    return norms
+
+
+def path_reads(w_v: torch.Tensor, w_o: torch.Tensor, steps: NDArray[np.int64]) -> torch.Tensor:
+    """What virtual heads read: ``W_V1 (W_O1 W_V2) ... (W_On-1 W_Vn)``; they write as the last does.
+
+    Parameters
+    ----------
+    w_v, w_o : Tensor of shape (n_heads, d_model, d_head)
+    steps : ndarray of shape (n_paths, length)
+        Heads along each path.
+
+    Returns
+    -------
+    Tensor of shape (n_paths, d_model, d_head), float64
+    """
+    along = torch.as_tensor(steps, device=w_v.device)
+    reads = w_v[along[:, 0]].double()
+    for before, after in zip(along.T[:-1], along.T[1:], strict=True):
+        reads = reads @ (w_o[before].double().mT @ w_v[after].double())
+    return reads
+
+
+@dataclass(frozen=True)
+class HeadMaps:
+    """OV maps as ``reads core writes^T`` between orthonormal bases.
+
+    Attributes
+    ----------
+    reads, writes : Tensor of shape (n_heads, d_model, d_head)
+        Orthonormal columns; those past the rank are zero.
+    cores : Tensor of shape (n_heads, d_head, d_head), float64
+    freedom : Tensor of shape (n_heads,), float64
+        Product of the dimensions that are read and written.
+    """
+
+    reads: torch.Tensor
+    cores: torch.Tensor
+    writes: torch.Tensor
+    freedom: torch.Tensor
+
+    def take(self, rows: slice | NDArray[np.int64]) -> HeadMaps:
+        """The maps of some of the heads."""
+        at = rows if isinstance(rows, slice) else torch.as_tensor(rows, device=self.reads.device)
+        return HeadMaps(self.reads[at], self.cores[at], self.writes[at], self.freedom[at])
+
+
+def head_maps(w_v: torch.Tensor, w_o: torch.Tensor) -> HeadMaps:
+    """Bring the OV maps of heads into a form that no basis within the head changes.
+
+    Parameters
+    ----------
+    w_v, w_o : Tensor of shape (n_heads, d_model, d_head)
+
+    Returns
+    -------
+    HeadMaps
+        Its bases have the dtype of `w_v`.
+    """
+    reads, writes = orthonormal_bases(w_v), orthonormal_bases(w_o)
+    cores = [
+        (reads.vectors[rows].double().mT @ w_v[rows].double())
+        @ (w_o[rows].double().mT @ writes.vectors[rows].double())
+        for rows in _chunks(len(w_v), 3 * 8 * w_v[0].numel())
+    ]
+    freedom = (reads.ranks * writes.ranks).double().to(w_v.device)
+    return HeadMaps(reads.vectors, torch.cat(cores), writes.vectors, freedom)
+
+
+def induction_statistics(
+    maps: HeadMaps, w_q: torch.Tensor, w_k: torch.Tensor, gram: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K-composition of all pairs of heads, and how far their matching exceeds that of chance.
+
+    The matching statistic is the trace of the circuit ``E W_Q2 (W_OV1 W_K2)^T E^T``. Chance is an
+    OV map that reads and writes the same subspaces with the same singular values, rotated at random
+    in between: ``reads R core R' writes^T`` with independent Haar rotations R and R'. The mean is
+    then 0 and the standard deviation ``||core||_F ||reads^T E^T E W_Q2 W_K2^T writes||_F /
+    sqrt(r_V r_O)``.
+
+    Parameters
+    ----------
+    maps : HeadMaps
+        Of the n_1 earlier heads.
+    w_q, w_k : Tensor of shape (n_2, d_model, d_head)
+        Of the later heads.
+    gram : Tensor of shape (d_model, d_model)
+        ``E^T E`` of the token embedding.
+
+    Returns
+    -------
+    composition : Tensor of shape (n_1, n_2), float64
+        ``||W_OV1 W_K2 W_Q2^T||_F / (||W_OV1||_F ||W_Q2 W_K2^T||_F)``.
+    deviations : Tensor of shape (n_1, n_2), float64
+        The trace in standard deviations, at most ``sqrt(r_V r_O)`` in size.
+    """
+    w_q, w_k = w_q.double(), w_k.double()
+    queries, roots, sizes = gram.double() @ w_q, gram_roots(w_q), product_norms(w_q, w_k)
+    width = maps.cores.shape[1]
+    each = 4 * 8 * len(w_k) * width * max(width, w_k.shape[2])
+    parts = []
+    for rows in _chunks(len(maps.cores), each):
+        some = maps.take(rows)
+        written = _cross(some.writes.double(), w_k)
+        composed = torch.linalg.matrix_norm(some.cores[:, None] @ written @ roots)
+        composed = composed / (torch.linalg.matrix_norm(some.cores)[:, None] * sizes)
+        inner = _cross(some.reads.double(), queries) @ written.mT
+        parts.append(torch.stack([composed, _deviations(some, inner)]))
+    composition, deviations = torch.cat(parts, dim=1)
+    return composition, deviations
+
+
+def erasure_statistics(
+    earlier: HeadMaps, later: HeadMaps
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """How much of what one head writes another removes by reading it.
+
+    Parameters
+    ----------
+    earlier, later : HeadMaps
+        Of n_1 and n_2 heads.
+
+    Returns
+    -------
+    cosines : Tensor of shape (n_1, n_2), float64
+        ``<W_OV1 W_OV2, W_OV1> / (||W_OV1 W_OV2||_F ||W_OV1||_F)``.
+    gains : Tensor of shape (n_1, n_2), float64
+        ``<W_OV1 W_OV2, W_OV1> / ||W_OV1||_F^2``: -1 where the output is removed whole, 1 where it
+        is doubled.
+    deviations : Tensor of shape (n_1, n_2), float64
+        The gain in standard deviations of its law when the later map is rotated at random between
+        what it reads and what it writes, as in `induction_statistics`.
+    """
+    written = earlier.writes.double() @ earlier.cores.mT
+    sizes = torch.linalg.matrix_norm(earlier.cores)
+    each = 4 * 8 * len(sizes) * written.shape[2] * max(written.shape[2], later.cores.shape[1])
+    parts = []
+    for rows in _chunks(len(later.cores), each):
+        some = later.take(rows)
+        read, returned = (_cross(bases.double(), written) for bases in (some.reads, some.writes))
+        inner = read @ returned.mT
+        overlap = (some.cores[:, None] * inner).sum((-2, -1))
+        through = torch.linalg.matrix_norm(read.mT @ some.cores[:, None])
+        found = (overlap / (through * sizes), overlap / sizes**2, _deviations(some, inner))
+        parts.append(torch.stack(found))
+    cosines, gains, deviations = torch.cat(parts, dim=1).mT
+    return cosines, gains, deviations
+
+
+def stream_dimensions(bases: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """The space that several subspaces span together, and how evenly they fill it.
+
+    Parameters
+    ----------
+    bases : Tensor of shape (n_heads, d_model, rank)
+        Orthonormal columns; those past a head's rank are zero.
+
+    Returns
+    -------
+    union : Tensor of shape (d_model, dimension), float64
+        Orthonormal basis of the span. Directions with less than 1e-10 of the largest weight in the
+        sum of projectors are not told from rounding, and not counted.
+    effective : float
+        Participation ratio of the sum of projectors: its squared trace over the trace of its
+        square.
+    """
+    joined = bases.double().permute(1, 0, 2).flatten(1)
+    joined = joined[:, joined.square().sum(0) > 0.5]
+    wide = joined.shape[1] > joined.shape[0]
+    values, vectors = torch.linalg.eigh(joined @ joined.mT if wide else joined.mT @ joined)
+    effective = float(values.sum() ** 2 / values.square().sum())
+    used = values > _UNUSED * values[-1]
+    vectors = vectors[:, used]
+    return vectors if wide else joined @ vectors / values[used].sqrt(), effective
+
+
+def _deviations(maps: HeadMaps, inner: torch.Tensor) -> torch.Tensor:
+    """``<core, inner>`` in units of its standard deviation under random rotations of the core."""
+    overlap = (maps.cores[:, None] * inner).sum((-2, -1))
+    sizes = torch.linalg.matrix_norm(maps.cores)[:, None] * torch.linalg.matrix_norm(inner)
+    deviations: torch.Tensor = maps.freedom.sqrt()[:, None] * overlap / sizes
+    return deviations
+
+
+def _cross(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a_i^T b_j`` of all pairs, of shape (n_a, n_b, r_a, r_b), as one product."""
+    (n_a, d_model, r_a), (n_b, _, r_b) = a.shape, b.shape
+    flat = a.mT.reshape(n_a * r_a, d_model) @ b.permute(1, 0, 2).reshape(d_model, n_b * r_b)
+    return flat.view(n_a, r_a, n_b, r_b).transpose(1, 2)
+
+
+def _chunks(n_heads: int, bytes_each: int) -> list[slice]:
+    """Runs of heads whose work fits the scratch."""
+    step = max(_SCRATCH // bytes_each, 1)
+    return [slice(start, start + step) for start in range(0, n_heads, step)]
