@@ -1,6 +1,6 @@
 """Bundled models and published classes of attention heads.
 
-Nothing here reads weights or imports torch: bundled models are files, read by
+Nothing here reads weights, and importing it imports no torch: bundled models are files, read by
 :func:`skhead.load_heads` like any other source.
 """
 
@@ -8,5 +8,12 @@ from __future__ import annotations
 
 from skhead.datasets._bundled import bundled_path, list_models, load_model_card
 from skhead.datasets._head_classes import load_head_classes
+from skhead.datasets._zoo import load_head_zoo
 
-__all__ = ["bundled_path", "list_models", "load_head_classes", "load_model_card"]
+__all__ = [
+    "bundled_path",
+    "list_models",
+    "load_head_classes",
+    "load_head_zoo",
+    "load_model_card",
+]

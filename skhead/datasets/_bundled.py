@@ -9,7 +9,20 @@ from typing import Any
 
 from skhead.exceptions import SourceNotFoundError
 
-_DIRECTORIES = {"skhead/induction-2l": "induction-2l"}
+_ZOO_PREFIX = "skhead/zoo/"
+_ZOO = (
+    "learned-attn-1",
+    "learned-attn-2",
+    "learned-mlp-1",
+    "learned-mlp-2",
+    "rope-attn-1",
+    "rope-attn-2",
+    "rope-attn-3",
+    "rope-attn-4",
+)
+_DIRECTORIES = {"skhead/induction-2l": "induction-2l"} | {
+    f"{_ZOO_PREFIX}{name}": f"zoo/{name}" for name in _ZOO
+}
 
 
 def list_models() -> list[str]:
@@ -18,15 +31,21 @@ def list_models() -> list[str]:
     Returns
     -------
     list of str
-        Each name is a source for :func:`skhead.load_heads`.
+        Each name is a source for :func:`skhead.load_heads`. Those that begin with
+        ``"skhead/zoo/"`` are the models of :func:`load_head_zoo`.
 
     Examples
     --------
     >>> from skhead.datasets import list_models
-    >>> list_models()
-    ['skhead/induction-2l']
+    >>> list_models()[:3]
+    ['skhead/induction-2l', 'skhead/zoo/learned-attn-1', 'skhead/zoo/learned-attn-2']
     """
     return sorted(_DIRECTORIES)
+
+
+def zoo_names() -> list[str]:
+    """Names of the bundled models that make up the zoo, in the order of its card."""
+    return [f"{_ZOO_PREFIX}{name}" for name in _ZOO]
 
 
 def bundled_path(name: str) -> Path:
@@ -40,7 +59,8 @@ def bundled_path(name: str) -> Path:
     Returns
     -------
     pathlib.Path
-        Directory with ``model.safetensors``, ``card.json`` and ``README.md``.
+        Directory with ``model.safetensors``; beside it ``config.json``, ``card.json`` or
+        ``README.md``, or for a model of the zoo the last two one directory up, for all its models.
 
     Raises
     ------
@@ -71,11 +91,10 @@ def load_model_card(name: str) -> dict[str, Any]:
     Returns
     -------
     dict
-        Among others ``architecture``, ``training``, ``performance`` (accuracy and loss in nats on
-        held-out sequences, against chance) and ``heads``: one entry per head with its mean
-        attention to the previous token, the induction target, the duplicate token, itself and the
-        first token, the accuracy that is left when it writes nothing, and the label that these
-        give it.
+        Among others ``architecture``, ``training``, ``performance`` (accuracy on held-out
+        sequences, against chance) and ``heads``: one entry per head with its mean attention to
+        the previous token, the induction target, the duplicate token, itself and the first token,
+        the accuracy that is left when it writes nothing, and the label that these give it.
 
     Raises
     ------
@@ -91,6 +110,19 @@ def load_model_card(name: str) -> dict[str, Any]:
     >>> [head["head"] for head in card["heads"] if head["label"] == "Induction"]
     ['L1H1']
     """
-    path = bundled_path(name) / "card.json"
-    card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    directory = bundled_path(name)
+    if not name.startswith(_ZOO_PREFIX):
+        return _read_card(directory)
+    card = _read_card(directory.parent)
+    own = card.pop("models")[directory.name]
+    return {**card, **own, "name": name}
+
+
+def load_zoo_card() -> dict[str, Any]:
+    """Card of the whole zoo: what its models have in common, and under ``models`` one of each."""
+    return _read_card(bundled_path(zoo_names()[0]).parent)
+
+
+def _read_card(directory: Path) -> dict[str, Any]:
+    card: dict[str, Any] = json.loads((directory / "card.json").read_text(encoding="utf-8"))
     return card

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import skhead
 from skhead.datasets import bundled_path, list_models, load_model_card
 from skhead.exceptions import SourceNotFoundError
 
@@ -21,7 +22,8 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
 def test_names_and_files():
-    assert list_models() == [NAME]
+    assert list_models() == sorted(list_models())
+    assert [name for name in list_models() if not name.startswith("skhead/zoo/")] == [NAME]
     assert {path.name for path in bundled_path(NAME).iterdir()} == {
         "README.md",
         "card.json",
@@ -34,6 +36,15 @@ def test_names_and_files():
 def test_unknown_name_lists_the_known(function):
     with pytest.raises(SourceNotFoundError, match=r"'skhead/nothing'; .*skhead/induction-2l"):
         function("skhead/nothing")
+
+
+def test_every_listed_model_is_a_source_with_a_card():
+    for name in list_models():
+        heads, card = skhead.load_heads(name), load_model_card(name)
+        assert card["name"] == name
+        assert set(heads["source"]) == {name}
+        places = [(head["layer"], head["index"]) for head in card["heads"]]
+        assert list(zip(heads["layer"], heads["head"], strict=True)) == places
 
 
 def test_import_leaves_torch_alone():
