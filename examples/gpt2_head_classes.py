@@ -42,14 +42,18 @@ READING = ("QQ", "KK", "QK", "KQ")
 
 
 def make_pipeline(memory=None):
-    return Pipeline(
+    compare = Pipeline(
         [
             ("subspaces", skhead.SubspaceExtractor()),
             ("kernel", skhead.ProjectionKernel(pairs=SAME_ROLE, layer_order="all")),
+        ]
+    )
+    return Pipeline(
+        [
+            ("compare", skhead.WholeModelSimilarity(compare, memory=memory)),
             ("null", skhead.NullCalibrator()),
             ("classes", skhead.HeadClassifier(rare="none")),
-        ],
-        memory=memory,
+        ]
     )
 
 
@@ -58,13 +62,14 @@ def make_pipeline(memory=None):
 # ----------------
 # How the weights are processed, how the kernel is normalised, which roles are compared, which null
 # it is held against, how the similarities to the heads of a class are put together: 64 candidates.
-# With ``memory=``, bases and kernels that several candidates share are computed once for each fold.
+# The similarity of two heads does not depend on the fold, so that ``WholeModelSimilarity`` with a
+# ``memory`` computes 16 kernels for all candidates and folds together, and cuts them.
 
 GRID = {
-    "subspaces__fold_norm": [False, True],
-    "subspaces__center": [False, True],
-    "kernel__normalize": [None, "cosine"],
-    "kernel__pairs": [SAME_ROLE, READING],
+    "compare__estimator__subspaces__fold_norm": [False, True],
+    "compare__estimator__subspaces__center": [False, True],
+    "compare__estimator__kernel__normalize": [None, "cosine"],
+    "compare__estimator__kernel__pairs": [SAME_ROLE, READING],
     "null__null": ["haar", "empirical"],
     "classes__aggregate": ["mean", "max"],
 }

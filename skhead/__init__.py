@@ -8,26 +8,45 @@ from typing import Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "CircuitScorer": "skhead.circuits",
+    "ClassAffinity": "skhead._affinity",
     "CompositionScore": "skhead.kernels",
+    "GrassmannDistance": "skhead.similarities",
+    "HeadClassifier": "skhead.classification",
+    "LinearCKA": "skhead.similarities",
     "NullCalibrator": "skhead.calibration",
+    "ProcrustesSimilarity": "skhead.similarities",
     "ProjectionKernel": "skhead.kernels",
     "Similarity": "skhead.containers",
+    "SimpleComposition": "skhead.similarities",
+    "SpectrumSimilarity": "skhead.spectra",
     "SubspaceExtractor": "skhead.extraction",
+    "SubspaceReadout": "skhead.readout",
     "Subspaces": "skhead.containers",
+    "TermImportance": "skhead.terms",
+    "VirtualHeads": "skhead.paths",
+    "WholeModelSimilarity": "skhead.whole_models",
     "class_counts": "skhead.graph",
+    "erasures": "skhead.stream",
     "head_permutation_test": "skhead.calibration",
     "hub_table": "skhead.graph",
     "identity_scores": "skhead.circuits",
+    "induction_pairs": "skhead.induction",
     "informativeness": "skhead.calibration",
+    "label_heads": "skhead.behaviour",
     "load_heads": "skhead.weights",
     "load_weights": "skhead.weights",
     "register_model": "skhead.weights",
+    "skip_trigrams": "skhead.trigrams",
+    "stream_usage": "skhead.stream",
+    "term_importance": "skhead.terms",
     "unregister_model": "skhead.weights",
+    "virtual_heads": "skhead.paths",
     "wiring_graph": "skhead.graph",
     "write_edges": "skhead.graph",
     "write_graphml": "skhead.graph",
 }
-_MODULES = ("datasets", "exceptions", "inspection", "stats")
+_MODULES = ("datasets", "exceptions", "inspection", "metrics", "stats")
 
 __all__ = sorted([*_EXPORTS, *_MODULES, "__version__"])
 

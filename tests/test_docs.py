@@ -23,7 +23,7 @@ import skhead
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-MODULES = ("datasets", "exceptions", "graph", "inspection", "report", "stats")
+MODULES = ("datasets", "exceptions", "graph", "inspection", "metrics", "report", "stats")
 BUILT = {"_build", "gallery", "generated"}
 DOCTEST_FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 #: numpydoc's codes: documented at all, no parameter missing, none unknown, in the right order.
