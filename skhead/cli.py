@@ -61,6 +61,7 @@ def _report(arguments: argparse.Namespace) -> int:
         center=arguments.center,
         null=arguments.null,
         composition=arguments.composition,
+        cards=arguments.cards,
         max_memory=arguments.max_memory,
         device=arguments.device,
         progress=_say,
@@ -145,6 +146,12 @@ def _add_common(command: argparse.ArgumentParser) -> None:
         dest="composition",
         action="store_false",
         help="leave out the composition scores",
+    )
+    command.add_argument(
+        "--no-cards",
+        dest="cards",
+        action="store_false",
+        help="leave out the scores and cards of single heads",
     )
     command.add_argument(
         "--max-memory",

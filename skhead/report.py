@@ -30,6 +30,7 @@ def write_report(
     center: bool = False,
     null: str = "anisotropic",
     composition: bool = True,
+    cards: bool = True,
     max_memory: int | str = "1GiB",
     device: str | None = None,
     progress: Callable[[str], None] | None = None,
@@ -62,6 +63,9 @@ def write_report(
         Null law that the edges are held against; see `NullCalibrator`.
     composition : bool, default=True
         Also compute composition scores.
+    cards : bool, default=True
+        Also score what single heads do, as `CircuitScorer` does, and give every head a card. In a
+        model of more than 400 heads, those of the diagram and those of largest scores have one.
     max_memory : int or str, default="1GiB"
         Scratch that each comparison may use.
     device : str, optional
@@ -105,6 +109,7 @@ def write_report(
         center=center,
         null=null,
         composition=composition,
+        cards=cards,
         max_memory=max_memory,
         device=device,
     )

@@ -35,6 +35,12 @@ def test_options_reach_the_estimators(tmp_path):
     assert summary["comparison"]["record"] == {"fold_norm": True, "center": True, "rank": None}
     assert summary["classes"] is None
     assert summary["nulls"]["chosen"] == "empirical"
+    assert summary["cards"]["missing"] == {}
+
+
+def test_cards_are_left_out_on_request(tmp_path):
+    assert main(["demo", "-o", str(tmp_path), "--no-cards"]) == 0
+    assert json.loads((tmp_path / "summary.json").read_text())["cards"] is None
 
 
 @pytest.mark.parametrize(

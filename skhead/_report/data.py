@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 from skhead._report.chance import CONSTANT, Verdict, hold_against_nulls
 from skhead._report.labels import HeadClasses, find_classes
+from skhead._report.scores import HeadScores, score_heads
+from skhead._report.tokens import Nearest, nearest_tokens
+from skhead._report.verdicts import Rule, called, rules_for
 from skhead.circuits import identity_scores
 from skhead.containers import CALIBRATED, Similarity, Subspaces
 from skhead.exceptions import HeadTableError
@@ -21,7 +24,21 @@ from skhead.graph import hub_table
 from skhead.kernels import CompositionScore, ProjectionKernel
 from skhead.weights import SourceInfo, describe_sources, head_labels, load_heads
 
-__all__ = ["Analysis", "Options", "analyse", "expected_of", "named_after_null", "scores_of"]
+__all__ = [
+    "MOST_CARDS",
+    "Analysis",
+    "Cards",
+    "Options",
+    "analyse",
+    "expected_of",
+    "named_after_null",
+    "scores_of",
+]
+
+#: Heads up to which every one gets a card; of more, those of the diagram and some by score.
+MOST_CARDS = 400
+#: Heads of every rule that get a card in a large model.
+_BEST = 10
 
 
 @dataclass(frozen=True)
@@ -36,8 +53,34 @@ class Options:
     center: bool = False
     null: str = "anisotropic"
     composition: bool = True
+    cards: bool = True
     max_memory: int | str = "1GiB"
     device: str | None = None
+
+
+@dataclass(frozen=True)
+class Cards:
+    """What single heads do.
+
+    Attributes
+    ----------
+    scores : HeadScores
+        Of every head that is compared.
+    rules : tuple of Rule
+        Those that the model's file allows to judge.
+    verdicts : dict of str to tuple of Rule
+        By label, the rules that hold.
+    labels : tuple of str
+        Heads that have a card, in table order.
+    tokens : Nearest
+        Of heads that have a card.
+    """
+
+    scores: HeadScores
+    rules: tuple[Rule, ...]
+    verdicts: dict[str, tuple[Rule, ...]]
+    labels: tuple[str, ...]
+    tokens: Nearest
 
 
 @dataclass(frozen=True)
@@ -63,11 +106,13 @@ class Analysis:
     verdicts : dict of str to Verdict
         What each null law says, by its name.
     table : DataFrame
-        One row per head in table order: degrees, strengths, ranks, identity scores, class.
+        One row per head in table order: degrees, strengths, ranks, circuit scores, class.
     edges : DataFrame
         The k strongest pairs of every kind, with ``expected``, ``ratio``, whether they are
         ``above`` the band of random subspaces, what the chosen null law says of them (columns that
         end in its name, NaN where it says nothing), and their composition scores if computed.
+    cards : Cards or None
+        If asked for.
     """
 
     info: SourceInfo
@@ -82,6 +127,12 @@ class Analysis:
     verdicts: dict[str, Verdict]
     table: pd.DataFrame
     edges: pd.DataFrame
+    cards: Cards | None
+
+    @property
+    def carded(self) -> frozenset[str]:
+        """Heads that have a card."""
+        return frozenset() if self.cards is None else frozenset(self.cards.labels)
 
     @property
     def within_head(self) -> bool:
@@ -140,16 +191,56 @@ def analyse(
         stage("comparing them again: composition scores")
         estimator = CompositionScore(**shared, **processing)
         composition = _fit_apply(estimator, heads, rows, columns)
-    identity = None
-    if info.part != "cross":
+    scores, own = None, None
+    if options.cards:
+        stage("scoring what single heads do")
+        scores = score_heads(
+            heads,
+            across=info.part == "cross",
+            composition=options.composition,
+            max_memory=options.max_memory,
+            processing=processing,
+        )
+        own = scores.table
+    elif info.part != "cross":
         stage("scoring what single heads do: V against O")
-        identity = identity_scores(heads, **processing)
-    table = _head_table(heads, kernel, subspaces, identity, classes, options.k)
+        own = identity_scores(heads, **processing)
+    table = _head_table(heads, kernel, subspaces, own, classes, options.k)
     edges = _edge_table(kernel, composition, options)
+    cards = None
+    if scores is not None:
+        stage("reading the tokens nearest to what heads write")
+        cards = _cards(heads, scores, edges, info, processing)
     return Analysis(
         info, options, len(everything), heads, scope, classes, subspaces, kernel, composition,
-        verdicts, table, edges,
+        verdicts, table, edges, cards,
     )  # fmt: skip
+
+
+def _cards(
+    heads: pd.DataFrame,
+    scores: HeadScores,
+    edges: pd.DataFrame,
+    info: SourceInfo,
+    processing: dict[str, Any],
+) -> Cards:
+    """Judge every head, and choose those that get a card."""
+    composition = "k_composition_in_max" in scores.table
+    rules = tuple(
+        rule
+        for rule in rules_for(info.d_model, info.d_head, composition)
+        if not any(condition.score in scores.missing for condition in rule.conditions)
+    )
+    wanted = set(heads.index)
+    if len(heads) > MOST_CARDS:
+        wanted = {*edges["source"], *edges["target"]}
+        for rule in rules:
+            first = rule.conditions[0]
+            towards = scores.table[first.score] * (1 if first.threshold > 0 else -1)
+            wanted |= set(towards.nlargest(_BEST).index)
+    labels = tuple(str(label) for label in heads.index if label in wanted)
+    tokens = nearest_tokens(heads.loc[list(labels)], processing)
+    return Cards(scores, rules, called(scores.table, rules), labels, tokens)
 
 
 def _compared(subspaces: Subspaces, info: SourceInfo) -> tuple[NDArray[np.int64], str]:
@@ -193,7 +284,7 @@ def _head_table(
     heads: pd.DataFrame,
     kernel: Similarity,
     subspaces: Subspaces,
-    identity: pd.DataFrame | None,
+    own: pd.DataFrame | None,
     classes: HeadClasses | None,
     k: int,
 ) -> pd.DataFrame:
@@ -205,8 +296,8 @@ def _head_table(
         table[f"rank_{role}"] = subspaces.ranks(role)
     hubs = hubs.drop(columns=["layer", "head"])
     table = pd.concat([table, hubs], axis=1)
-    if identity is not None:
-        table = pd.concat([table, identity.reindex(heads.index)], axis=1)
+    if own is not None:
+        table = pd.concat([table, own.reindex(heads.index)], axis=1)
     return table
 
 

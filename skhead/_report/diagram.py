@@ -124,12 +124,16 @@ def _node(
         fill, ink = colours[name]
         style = f' style="--fill:{fill};--ink-on:{ink}"'
     spoken = f"{node.label}, {details['head']}; {'; '.join(details['edges'])}"
+    kind = "node classed" if style else "node"
+    linked = node.label in analysis.carded
+    tag, way = ("a", f'href="#{escape(node.label)}"') if linked else ("g", 'role="img"')
     return (
-        f'<g class="node{" classed" if style else ""}" tabindex="0" role="img" '
+        f'<{tag} class="{kind}" tabindex="0" {way} '
         f'data-head="{escape(node.label)}" aria-label="{escape(spoken)}" '
         f'data-details="{escape(json.dumps(details))}"{style}>'
         f'<rect x="{node.x:.1f}" y="{node.y:.1f}" width="{box:.1f}" height="{BOX_HEIGHT}" rx="6"/>'
-        f'<text x="{node.x + box / 2:.1f}" y="{node.y + 15.5:.1f}">{escape(node.label)}</text></g>'
+        f'<text x="{node.x + box / 2:.1f}" y="{node.y + 15.5:.1f}">{escape(node.label)}</text>'
+        f"</{tag}>"
     )
 
 
@@ -145,7 +149,7 @@ def _descriptions(analysis: Analysis) -> dict[str, dict[str, Any]]:
         row: dict[str, Any] = analysis.table.loc[label].to_dict()  # type: ignore[assignment]
         words = [] if row.get("class", "None") == "None" else [str(row["class"])]
         words.append(f"{row['out_degree']:.0f} out, {row['in_degree']:.0f} in")
-        if "pk_vo" in row:
+        if analysis.within_head:
             words.append(
                 f"PK(V,O) {number(row['pk_vo'], 3)}, signed identity "
                 f"{number(row['identity_signed'], 3)}"

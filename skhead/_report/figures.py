@@ -150,5 +150,5 @@ def composition(analysis: Analysis, scores: Similarity, numbers: Mapping[str, An
         panels.append(_panel(shown, note))
     return (
         f"<p>{escape(composition_words(found, analysis.info.d_model))}</p>"
-        f'<div class="panels">{"".join(panels)}</div>{composition_tables(numbers)}'
+        f'<div class="panels">{"".join(panels)}</div>{composition_tables(analysis, numbers)}'
     )

@@ -46,7 +46,10 @@ def write_files(analysis: Analysis, numbers: Mapping[str, Any], directory: Path)
     downloads = [
         Download("edges.csv", "the pairs drawn in the diagram", "text/csv", edges),
         Download(
-            "heads.csv", "one row per head: ranks, edges, strengths, class", "text/csv", heads
+            "heads.csv",
+            "one row per head: ranks, edges, strengths, scores, class",
+            "text/csv",
+            heads,
         ),
         Download("summary.json", "every number of this page", "application/json", summary.encode()),
     ]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 import skhead
 from skhead._report.chance import CONSTANT, FDR
-from skhead._report.data import Analysis, expected_of, scores_of
+from skhead._report.data import Analysis, Cards, expected_of, scores_of
 from skhead.calibration import informativeness
 from skhead.containers import Similarity
 from skhead.inspection._distribution import reference_law
@@ -53,6 +53,7 @@ def summarize(analysis: Analysis) -> dict[str, Any]:
         "composition": None if composition is None else _composition(analysis, composition),
         "hubs": _hubs(analysis),
         "within_head": _within_head(analysis),
+        "cards": None if analysis.cards is None else _cards(analysis.cards),
         "top_pairs": [
             {str(name): _plain(value) for name, value in edge.items()}
             for edge in analysis.edges.to_dict("records")
@@ -214,7 +215,7 @@ def _hubs(analysis: Analysis) -> list[dict[str, Any]]:
 
 def _within_head(analysis: Analysis) -> dict[str, Any] | None:
     """Heads that write back most of what they read, and how strongly with which sign."""
-    if "pk_vo" not in analysis.table:
+    if not analysis.within_head:
         return None
     table = analysis.table
     if analysis.scope == "shared":
@@ -227,6 +228,23 @@ def _within_head(analysis: Analysis) -> dict[str, Any] | None:
         "mean_pk_vo": float(table["pk_vo"].mean()),
         "constant": bool((table[["rank_V", "rank_O"]] == analysis.info.d_model).all(axis=None)),
         "top": _labelled(top),
+    }
+
+
+def _cards(cards: Cards) -> dict[str, Any]:
+    """Heads that every rule holds of, and scores that are missing with the reason."""
+    return {
+        "heads": list(cards.labels),
+        "missing": dict(cards.scores.missing),
+        "rules": {
+            rule.key: {
+                "words": rule.words,
+                "thresholds": {c.score: c.threshold for c in rule.conditions},
+                "heads": [label for label, held in cards.verdicts.items() if rule in held],
+            }
+            for rule in cards.rules
+        },
+        "tokens": cards.tokens.refusal,
     }
 
 

@@ -10,10 +10,12 @@ from importlib import resources
 from string import Template
 from typing import Any
 
+from skhead._report.cards import head_cards
 from skhead._report.data import Analysis
 from skhead._report.diagram import class_colours, wiring_diagram
 from skhead._report.figures import composition, distributions, layer_maps, matrices
 from skhead._report.questions import chance
+from skhead._report.roles import roles
 from skhead._report.tables import edge_table, hub_table
 from skhead._report.words import READS, notes, summary_words
 
@@ -77,6 +79,10 @@ def render(analysis: Analysis, numbers: Mapping[str, Any], downloads: Sequence[D
                 composition(analysis, analysis.composition, numbers),
             )
         )
+    if analysis.cards is not None:
+        sections.insert(3, ("roles", "What single heads do", roles(analysis, analysis.cards)))
+        drawn = head_cards(analysis, analysis.cards, numbers)
+        sections.append(("cards", "Head cards", drawn))
     sections.append(("files", "Files", _files(downloads)))
     info = analysis.info
     layers = (
@@ -190,13 +196,14 @@ def _diagram(analysis: Analysis, numbers: Mapping[str, Any]) -> str:
     classes = _legend(analysis)
     names = sorted(numbers["classes"]["counts"]) if numbers["classes"] else []
     drawing = wiring_diagram(analysis, class_colours(names))
+    opens = " A click or the Enter key opens the card of a head." if analysis.carded else ""
     return (
         f'<p>{words}</p><div class="tools">{toggles}{dashed}</div>{classes}'
         '<p class="note narrow">The diagram scrolls sideways.</p>'
         '<div class="wire"><div class="scroll" tabindex="0" role="region" aria-label="Diagram">'
         f"{drawing}</div>"
         '<div id="details" aria-live="polite"><p>Point at a head or an edge, or move to a head '
-        "with the Tab key, to see its pairs and scores here.</p></div></div>"
+        f"with the Tab key, to see its pairs and scores here.{opens}</p></div></div>"
     )
 
 

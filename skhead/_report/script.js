@@ -51,6 +51,51 @@
     });
   }
 
+  const cards = all("details.card");
+  const openCard = () => {
+    let name = location.hash.slice(1);
+    try { name = decodeURIComponent(name); } catch { return false; }
+    const card = cards.find((entry) => entry.id === name);
+    if (!card) return false;
+    card.hidden = false;
+    card.open = true;
+    card.scrollIntoView();
+    card.querySelector("summary").focus({ preventScroll: true });
+    return true;
+  };
+  if (cards.length) {
+    addEventListener("hashchange", openCard);
+    document.addEventListener("click", (event) => {
+      const link = event.target.closest("a[href^='#']");
+      if (link && link.getAttribute("href") === location.hash && openCard()) event.preventDefault();
+    });
+    const list = document.getElementById("card-list");
+    const filter = document.getElementById("card-filter");
+    const count = document.getElementById("card-count");
+    const layers = all("h3", list);
+    filter.addEventListener("input", () => {
+      const words = filter.value.toLowerCase().split(/\s+/).filter(Boolean);
+      for (const card of cards) {
+        const text = card.querySelector("summary").textContent.toLowerCase();
+        card.hidden = !words.every((word) => text.includes(word));
+      }
+      count.textContent = `${cards.filter((card) => !card.hidden).length} of ${cards.length}`;
+      for (const layer of layers) {
+        let next = layer.nextElementSibling;
+        while (next && next.hidden && next.matches(".card")) next = next.nextElementSibling;
+        layer.hidden = !next || !next.matches(".card");
+      }
+    });
+    const toggle = document.getElementById("card-toggle");
+    toggle.addEventListener("click", () => {
+      const opening = toggle.textContent === "Open all";
+      for (const card of cards) if (!card.hidden) card.open = opening;
+      toggle.textContent = opening ? "Close all" : "Open all";
+    });
+    openCard();
+    addEventListener("load", () => requestAnimationFrame(openCard));
+  }
+
   const wiring = document.getElementById("wiring");
   if (wiring) {
     const edges = all(".edge", wiring);

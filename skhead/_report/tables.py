@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from skhead._report.data import Analysis
+from skhead._report.roles import head_link
 
 __all__ = [
     "composition_tables",
@@ -32,7 +33,7 @@ def hub_table(analysis: Analysis, numbers: Mapping[str, Any]) -> str:
     fit = _decimals(numbers["projection_kernel"][pair]["max"] for pair in pairs)
     rows = []
     for hub in numbers["hubs"]:
-        cells = [text_cell(hub["label"])]
+        cells = [_head_cell(hub["label"], analysis)]
         if analysis.classes is not None:
             cells.append(text_cell("–" if hub["class"] == "None" else hub["class"]))
         cells += [number_cell(hub[name], 0) for name in ("degree", "out_degree", "in_degree")]
@@ -69,8 +70,8 @@ def edge_table(analysis: Analysis) -> str:
         cells = [
             f'<td class="pair-{edge["pair"]}"><span class="dot"></span>{edge["pair"]}</td>',
             number_cell(edge["rank"], 0),
-            text_cell(edge["source"]),
-            text_cell(edge["target"]),
+            _head_cell(edge["source"], analysis),
+            _head_cell(edge["target"], analysis),
             number_cell(edge["score"], fit),
             number_cell(edge["expected"], fit),
             number_cell(edge["ratio"], 2),
@@ -109,7 +110,7 @@ def edge_table(analysis: Analysis) -> str:
     )
 
 
-def composition_tables(numbers: Mapping[str, Any]) -> str:
+def composition_tables(analysis: Analysis, numbers: Mapping[str, Any]) -> str:
     """Quantiles of both measures side by side, and the strongest pairs by composition."""
     kernel, composition = numbers["projection_kernel"], numbers["composition"]
     heads = [("Kind", False), ("Measure", False), ("Random", True), ("Median", True)]
@@ -137,7 +138,7 @@ def composition_tables(numbers: Mapping[str, Any]) -> str:
         best += [
             [
                 kind_cell(pair), number_cell(edge["rank"], 0),
-                text_cell(edge["source"]), text_cell(edge["target"]),
+                _head_cell(edge["source"], analysis), _head_cell(edge["target"], analysis),
                 number_cell(edge["score"], 4), number_cell(edge["score"] / found["chance"], 2),
             ]
             for edge in found["top_pairs"]
@@ -172,6 +173,11 @@ def table(
 
 def text_cell(text: str) -> str:
     return f"<td>{escape(text)}</td>"
+
+
+def _head_cell(label: str, analysis: Analysis) -> str:
+    """A cell with a head, linked to its card."""
+    return f"<td>{head_link(label, analysis.carded)}</td>"
 
 
 def kind_cell(pair: str) -> str:

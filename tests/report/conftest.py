@@ -65,7 +65,14 @@ class Tab:
                 return answer["result"]
             self._note(answer)
 
-    def open(self, page: Path, width: int = 1280, height: int = 900, dark: bool = False) -> None:
+    def open(
+        self,
+        page: Path,
+        width: int = 1280,
+        height: int = 900,
+        dark: bool = False,
+        fragment: str = "",
+    ) -> None:
         """Load a file in a window of a size, and wait until its script has run."""
         self.complaints.clear()
         self.requests.clear()
@@ -75,7 +82,8 @@ class Tab:
         )  # fmt: skip
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.call("Page.navigate", url=page.resolve().as_uri())
+        self.call("Page.navigate", url="about:blank")
+        self.call("Page.navigate", url=page.resolve().as_uri() + fragment)
         end = time.monotonic() + _TIMEOUT
         while (
             self.js("document.readyState") != "complete"
@@ -91,6 +99,14 @@ class Tab:
         if "exceptionDetails" in result:
             raise RuntimeError(result["exceptionDetails"]["exception"]["description"])
         return result["result"].get("value")
+
+    def wait_for(self, condition: str) -> None:
+        """Wait until an expression in the page is true."""
+        end = time.monotonic() + _TIMEOUT / 6
+        while not self.js(condition):
+            if time.monotonic() > end:
+                raise TimeoutError(f"the page never came to {condition}")
+            time.sleep(0.02)
 
     def press(self, key: str) -> None:
         """Press and release a key."""
@@ -119,6 +135,19 @@ class Tab:
             x=box[0] + x * box[2],
             y=box[1] + y * box[3],
         )
+
+    def click(self, selector: str) -> None:
+        """Press and release the pointer in the middle of an element."""
+        self.move(selector)
+        box = self.js(
+            f"(() => {{ const b = document.querySelector({json.dumps(selector)})"
+            ".getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; })()"
+        )
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call(
+                "Input.dispatchMouseEvent",
+                type=kind, x=box[0], y=box[1], button="left", clickCount=1,
+            )  # fmt: skip
 
     def screenshot(self, path: Path) -> None:
         """Picture of the whole page as PNG."""
