@@ -29,7 +29,6 @@ import tempfile
 import time
 import warnings
 
-import numpy as np
 import pandas as pd
 from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_score
 from sklearn.pipeline import Pipeline
@@ -149,9 +148,9 @@ def main():
     for name, best in candidates(heads, y).items():
         print(name, {label: round(float(p), 3) for label, p in best.items()})
     model = make_pipeline().fit(heads, y)
-    print(model[-1].coef_.round(2).to_string())
-    strongest = np.argmax(model.decision_function(heads)[:, 0])
-    print(model[-1].explain(int(strongest)).head(5).to_string())
+    told = model[-1].explain("L5H1")
+    print("what speaks for L5H1 as an induction head")
+    print(told[told["class"] == "Induction"].head(6).round(3).to_string(index=False))
 
 
 if __name__ == "__main__":

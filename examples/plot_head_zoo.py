@@ -2,9 +2,9 @@
 Induction heads of a model that was never run
 =============================================
 
-Eight tiny transformers come with skhead. What each of their heads attends to was measured by running
-them. Here a classifier learns from some of the models what weights go with which behaviour, and
-names the previous-token and induction heads of the others from their weights alone.
+Eight tiny transformers come with skhead. What each of their heads attends to was measured by
+running them. Here a classifier learns from some of the models what weights go with which behaviour,
+and names the previous-token and induction heads of the others from their weights alone.
 """
 
 # %%
@@ -66,8 +66,8 @@ scorer = MacroAveragePrecision(classes=learned)
 baseline_scores(heads, y, cv=GroupKFold(4), groups=heads["source"], scoring=scorer).round(2)
 
 # %%
-# So a model that is as small as these is no hard test, and a perfect score here promises nothing for
-# a large one. The next figure is harder.
+# So a model that is as small as these is no hard test, and a perfect score here promises nothing
+# for a large one. The next figure is harder.
 #
 # A kind of model left out
 # ------------------------

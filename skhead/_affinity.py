@@ -45,6 +45,7 @@ class ClassAffinity(TransformerMixin, BaseEstimator):
         The label of heads without a class; it gets no affinity.
     rare : {"raise", "none"}, default="raise"
         Refuse a class with a single training head, or count that head as unclassed with a warning.
+        Such a column of a multilabel indicator is always refused.
 
     Attributes
     ----------
@@ -206,7 +207,7 @@ class ClassAffinity(TransformerMixin, BaseEstimator):
         found = class_affinity(
             _rising(X), self._members, _own(X), self.aggregate, self.k, self.contrast
         )
-        return found.reshape(len(X), -1)
+        return found.reshape(len(X), len(self.classes_) * len(self.pairs_))
 
     def _affinities(self, X: Similarity) -> NDArray[np.float64]:
         found = self._raw(X)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -107,7 +108,7 @@ def label_heads(
     Raises
     ------
     TypeError
-        If `tokens` are not integers.
+        If `tokens` are not integers, or `thresholds` are no mapping.
     ValueError
         If a parameter is out of range, or a sequence does not fit the model.
     CheckpointError, UnsupportedLayoutError, SourceNotFoundError
@@ -157,14 +158,21 @@ def label_heads(
 
 def _checked_thresholds(thresholds: Mapping[str, float] | None) -> dict[str, float]:
     limits = dict.fromkeys(BEHAVIOURS, _THRESHOLD)
+    if thresholds is not None and not isinstance(thresholds, Mapping):
+        raise TypeError(
+            f"{_CALLER}: thresholds must map names of scores to numbers, got "
+            f"{type(thresholds).__name__}"
+        )
     for name, value in (thresholds or {}).items():
         if name not in limits:
             raise ValueError(
                 f"{_CALLER}: thresholds name the unknown score {name!r}; the scores are "
                 f"{', '.join(BEHAVIOURS)}"
             )
-        if not value > 0:
-            raise ValueError(f"{_CALLER}: threshold of {name} must be positive, got {value!r}")
+        if not isinstance(value, Real) or not value > 0:
+            raise ValueError(
+                f"{_CALLER}: threshold of {name} must be a positive number, got {value!r}"
+            )
         limits[name] = float(value)
     return limits
 
@@ -228,6 +236,12 @@ def _repeated_tokens(
             f"{words.dtype}"
         )
     words = np.unique(words)
+    n_vocab = int(bridge.cfg.d_vocab)
+    if words[0] < 0 or words[-1] >= n_vocab:
+        odd = words[0] if words[0] < 0 else words[-1]
+        raise ValueError(
+            f"{_CALLER}: vocabulary holds token {odd}; the model's tokens are 0 to {n_vocab - 1}"
+        )
     drawn = np.stack(
         [
             generator.choice(words, block, replace=words.size < block)

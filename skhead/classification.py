@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.special import expit, logit, softmax
+from scipy.special import expit, log_expit, logit, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.model_selection import StratifiedKFold
@@ -85,10 +85,11 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
     Notes
     -----
     Probabilities are calibrated by logistic curves through scores that come from models which had
-    not seen the head (see `skhead.stats.fit_sigmoids`). The odds of each class are held against
-    those of no class: with log-odds ``l_c``, ``P(c) = exp(l_c) / (1 + sum exp(l))`` where
-    unclassed heads exist, and without the 1 where they do not. `decision_function` gives the
-    log-odds ``l_c``, 0 for the unclassed.
+    not seen the head (see `skhead.stats.fit_sigmoids`), which gives log-odds ``l_c`` of each class
+    against all other heads, and ``p_c = 1 / (1 + exp(-l_c))``. Where unclassed heads exist, at most
+    one class applies: ``P(c) = exp(l_c) / (1 + sum exp(l))``, as of independent verdicts of which
+    no two can be true, which is close to ``p_c`` for classes that are rare. Where they do not,
+    ``P(c) = p_c / sum p``. `decision_function` gives the log-odds ``l_c``, 0 for the unclassed.
 
     Examples
     --------
@@ -179,7 +180,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         Returns
         -------
         ndarray of shape (n_heads, n_classes), or (n_heads,) for two classes
-            Of two classes, the log-odds of the second against the first.
+            Of two classes, the log-odds of the second less those of the first.
         """
         logits = self._logits(X)
         if self._targets.multilabel or len(self.classes_) > 2:
@@ -200,8 +201,10 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
             Rows sum to 1; with a multilabel indicator each column is a probability by itself.
         """
         logits = self._logits(X)
-        found = expit(logits) if self._targets.multilabel else softmax(logits, axis=1)
-        return np.asarray(found, dtype=np.float64)
+        if self._targets.multilabel:
+            return np.asarray(expit(logits), dtype=np.float64)
+        weights = log_expit(logits) if self._targets.none is None else logits
+        return np.asarray(softmax(weights, axis=1), dtype=np.float64)
 
     def predict(self, X: Any) -> NDArray[Any]:
         """Most probable class, or with a multilabel indicator each class more probable than not.
@@ -375,7 +378,7 @@ def _position_of(head: str | int, labels: Sequence[str], caller: str) -> int:
     if isinstance(head, str):
         if head in labels:
             return labels.index(head)
-    elif -len(labels) <= head < len(labels):
+    elif isinstance(head, int | np.integer) and -len(labels) <= head < len(labels):
         return int(head)
     raise ValueError(
         f"{caller}: there is no head {head!r} among {len(labels)} heads "

@@ -150,6 +150,11 @@ class WholeModelSimilarity(TransformerMixin, BaseEstimator):
         if not isinstance(memory, Memory):
             memory = Memory(None if memory is None else os.fspath(memory), verbose=0)
         name = type(self).__name__
+        if not hasattr(self.estimator, "fit_transform"):
+            raise ValueError(
+                f"{name}: estimator must be a kernel or a pipeline that ends with one, got "
+                f"{type(self.estimator).__name__}"
+            )
         compute = memory.cache(_similarity_of_models, ignore=["estimator"])
         key = json.dumps({"recipe": _recipe_of(self.estimator), "sources": sources})
         found = compute(clone(self.estimator), key)
@@ -212,7 +217,9 @@ def _recipe_of(estimator: BaseEstimator) -> list[str]:
             texts.append(f"{name}: {kind.__module__}.{kind.__qualname__}")
         elif isinstance(value, np.ndarray):
             texts.append(f"{name} = {joblib_hash(value)}")
-        elif not name.endswith("steps"):
+        elif name.split("__")[-1] == "steps" and isinstance(value, list):
+            texts.append(f"{name} = {[step for step, _ in value]!r}")
+        else:
             texts.append(f"{name} = {value!r}")
     return texts
 

@@ -268,17 +268,24 @@ def test_encoder_decoders_are_refused():
         ({"n_sequences": 0}, "leave nothing to run on"),
         ({"vocabulary": [3]}, "vocabulary must hold at least two token ids"),
         ({"vocabulary": "all"}, "vocabulary must hold at least two token ids"),
-        ({"vocabulary": [3, 99], "n_sequences": 9}, "holds token 99; the model's tokens are 0"),
+        ({"vocabulary": [3, 99]}, "vocabulary holds token 99; the model's tokens are 0 to 67"),
+        ({"vocabulary": [3, -1]}, "vocabulary holds token -1"),
         ({"bos_token": "<s>"}, "bos_token must be an integer of at least 0, got '<s>'"),
         ({"bos_token": 68}, "holds token 68"),
         ({"thresholds": {"copying": 0.1}}, "the unknown score 'copying'; the scores are"),
-        ({"thresholds": {"induction": 0}}, "threshold of induction must be positive, got 0"),
+        ({"thresholds": {"induction": 0}}, "of induction must be a positive number, got 0"),
+        ({"thresholds": {"induction": "0.5"}}, "of induction must be a positive number, got '0.5'"),
         ({"tokens": [[1, 2]]}, "label_heads: sequence 0 has 2 tokens; at least 3"),
     ],
 )
 def test_parameters_out_of_range(settings, message):
     with pytest.raises(ValueError, match=message):
         label_heads(BUNDLED, **settings)
+
+
+def test_thresholds_without_names():
+    with pytest.raises(TypeError, match="thresholds must map names of scores to numbers, got list"):
+        label_heads(BUNDLED, thresholds=[0.5])
 
 
 def test_attention_that_is_not_a_number_is_named():

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
+from scipy.special import softmax
 from sklearn.base import clone
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
@@ -282,6 +283,25 @@ def test_two_classes_without_unclassed_heads(similarity, heads):
     np.testing.assert_allclose(model.predict_proba(similarity).sum(1), 1)
 
 
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_probabilities_of_classes_that_share_all_heads(n_classes):
+    """One verdict a class says the same thing twice, which must not count twice."""
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(4000, n_classes - 1))
+    truth = softmax(np.column_stack([np.zeros(len(X)), X]), axis=1)
+    drawn = (rng.random(len(X))[:, None] > truth.cumsum(axis=1)).sum(axis=1)
+    found = HeadClassifier().fit(X, drawn).predict_proba(X)
+    np.testing.assert_allclose(found.sum(axis=1), 1)
+    assert np.abs(found - truth).mean() < 0.03
+    assert found.max(axis=1).mean() == pytest.approx(truth.max(axis=1).mean(), abs=0.02)
+
+
+def test_far_scores_keep_probabilities_defined():
+    X = np.array([[-1.0], [-0.5], [0.5], [1.0]])
+    model = HeadClassifier().fit(X, ["a", "a", "b", "b"])
+    np.testing.assert_allclose(model.predict_proba([[-1e9], [1e9]]), [[1, 0], [0, 1]])
+
+
 def test_clone_pickle_and_representation(similarity, y):
     model = HeadClassifier(alpha=10.0).fit(similarity, y)
     assert clone(model).get_params() == model.get_params()
@@ -365,6 +385,18 @@ def test_bad_features_and_options(similarity, y):
         HeadClassifier(rare="drop").fit(similarity, y)
     with pytest.raises(HeadShapeError, match="expected a Similarity.*got ndarray"):
         ClassAffinity().fit(features, y)
+
+
+def test_no_heads_and_positions_that_are_none(similarity, y):
+    nobody = similarity[np.arange(0)]
+    assert ClassAffinity().fit(similarity, y).transform(nobody).shape == (0, 8)
+    model = HeadClassifier().fit(similarity, y)
+    with pytest.raises(ValueError, match=r"0 sample\(s\)"):
+        model.predict(nobody)
+    assert model.explain(np.int64(3)).equals(model.explain(3))
+    for head in (1.5, None, 48):
+        with pytest.raises(ValueError, match=rf"no head {head!r} among 48 heads"):
+            model.explain(head)
 
 
 def test_heads_of_different_widths_make_no_similarity():

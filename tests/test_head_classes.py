@@ -147,3 +147,18 @@ def test_a_kind_of_positions_that_was_not_seen(zoo):
         "learned": pytest.approx(0.84, abs=0.03),
         "rope": pytest.approx(1.0, abs=0.01),
     }
+
+
+def test_candidates_of_one_label_set_are_in_the_other(gpt2, cache):
+    """Unclassed heads that are most like induction heads, by models that have not seen them."""
+    y, _ = labels("wang2022", gpt2)
+    found = pd.Series(0.0, gpt2.index)
+    for train, test in StratifiedKFold(5, shuffle=True, random_state=0).split(gpt2, y):
+        model = steps(cache).fit(gpt2.iloc[train], y.iloc[train])
+        column = model.classes_.tolist().index("Induction")
+        found.iloc[test] = model.predict_proba(gpt2.iloc[test])[:, column]
+    best = found[y == "None"].nlargest(2)
+    assert best.index.tolist() == ["L5H1", "L7H10"]
+    np.testing.assert_allclose(best, [0.89, 0.14], atol=0.03)
+    other = skhead.datasets.load_head_classes("yamagiwa2026", gpt2)
+    assert (other[best.index] == "Induction").all()

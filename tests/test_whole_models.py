@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -110,12 +111,34 @@ def test_a_grid_search_computes_each_kernel_once(heads, tmp_path):
     assert sum(path.stat().st_size for path in stored) < 2e5
 
 
+class ScaledKernel(skhead.ProjectionKernel):
+    """A kernel with a parameter of its own."""
+
+    def __init__(self, pairs=("KK",), layer_order="all", normalize=None, n_steps=1):
+        super().__init__(pairs, layer_order, normalize)
+        self.n_steps = n_steps
+
+    def fit_transform(self, X, y=None):
+        found = super().fit_transform(X)
+        return replace(found, values=found.values * self.n_steps)
+
+
+def test_every_parameter_counts_in_what_is_stored(heads, tmp_path):
+    one, two = (
+        WholeModelSimilarity(ScaledKernel(n_steps=n), memory=tmp_path).fit_transform(heads)
+        for n in (1, 2)
+    )
+    np.testing.assert_array_equal(two.values, 2 * one.values)
+
+
 def test_nothing_learned_comes_from_other_folds(heads):
     steps = make_pipeline(skhead.ProjectionKernel(), skhead.NullCalibrator())
     with pytest.raises(ValueError, match="plain Similarity of a kernel, got calibrated"):
         WholeModelSimilarity(steps).fit(heads)
     with pytest.raises(ValueError, match="plain Similarity of a kernel, got .*Subspaces"):
         WholeModelSimilarity(skhead.SubspaceExtractor()).fit(heads)
+    with pytest.raises(ValueError, match="ends with one, got HeadClassifier"):
+        WholeModelSimilarity(skhead.HeadClassifier()).fit(heads)
 
 
 def test_clone_pickle_frames_and_representation(heads):

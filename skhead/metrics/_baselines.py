@@ -11,7 +11,7 @@ from joblib import Parallel, delayed
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import cross_val_score
+from sklearn.model_selection import check_cv, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -79,6 +79,7 @@ def baseline_scores(
     norms = _log_norms(source)
     logistic = LogisticRegression(class_weight="balanced", max_iter=1000)
     linear = make_pipeline(StandardScaler(), logistic)
+    folds = check_cv(cv, np.asarray(y), classifier=True)
     seeds = np.random.default_rng(random_state).integers(2**32, size=_RANDOM_RANKINGS)
     jobs = {"chance": [(_RandomRanking(int(seed)), norms) for seed in seeds]}
     if (source.heads["layer"] >= 0).all():
@@ -93,7 +94,7 @@ def baseline_scores(
                 table,
                 np.asarray(y),
                 groups=groups,
-                cv=cv,
+                cv=folds,
                 scoring=scorer,
                 error_score="raise",
             )
@@ -197,9 +198,9 @@ def layer_permutation_score(
         Heads table.
     y : array-like of shape (n_heads,)
         Class of each head.
-    cv : cross-validator or int
+    cv : cross-validator, int or iterable
         An int is that many folds stratified by class. Splits that depend on labels are made
-        anew for every permutation.
+        anew for every permutation; those of an iterable stay as they are.
     scoring : callable or str, default=None
         None is `macro_average_precision`.
     groups : array-like of shape (n_heads,) or None, default=None
@@ -258,10 +259,12 @@ def layer_permutation_score(
             "labels within layers changes nothing"
         )
     scorer = macro_average_precision if scoring is None else scoring
+    folds = check_cv(cv, labels, classifier=True)
     orders = permute_heads(layers, int(n_permutations), np.random.default_rng(random_state))
     drawn = [labels, *(labels[order] for order in orders)]
     scores = Parallel(n_jobs=n_jobs)(
-        delayed(_mean_score)(clone(estimator), heads, given, groups, cv, scorer) for given in drawn
+        delayed(_mean_score)(clone(estimator), heads, given, groups, folds, scorer)
+        for given in drawn
     )
     null = np.asarray(scores[1:])
     p_value = (1 + int((null >= scores[0]).sum())) / (1 + len(null))

@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from skhead.containers import Similarity, head_codes
 from skhead.exceptions import HeadShapeError
-from skhead.metrics._precision import UNCLASSED
+from skhead.metrics._precision import UNCLASSED, class_labels
 
 __all__ = ["head_detection", "pair_detection"]
 
@@ -88,7 +88,8 @@ def pair_detection(
     y : array-like of shape (n_heads,)
         Class of each row.
     wiring : mapping of str to sequence of (class, class), or None, default=None
-        Per pair kind, which classes are wired: (class of the row head, class of the column head).
+        Per pair kind, which classes are wired: (class of the row head, class of the column head),
+        in either order where the pair kind is symmetric.
         None is every class with itself, one after the other, by all pair kinds.
     none_label : str, default="None"
         The label of heads without a class.
@@ -132,7 +133,10 @@ def pair_detection(
         for source, target in wired:
             positive |= (labels == source)[:, None] & (labels == target)[None, :]
         defined = ~np.isnan(listed)
-        scores = _rising(similarity)[:, :, similarity.pairs.index(pair)][defined]
+        values = _rising(similarity)[:, :, similarity.pairs.index(pair)]
+        listed_as_mirror = ~defined & ~np.isnan(values)
+        positive |= (positive & listed_as_mirror).T
+        scores = values[defined]
         ends = {
             "source": ", ".join(dict.fromkeys(str(source) for source, _ in wired)),
             "target": ", ".join(dict.fromkeys(str(target) for _, target in wired)),
@@ -143,13 +147,18 @@ def pair_detection(
 
 
 def _labels_of(similarity: Similarity, y: ArrayLike, caller: str) -> NDArray[Any]:
+    if not isinstance(similarity, Similarity):
+        raise HeadShapeError(
+            f"{caller}: expected a Similarity of heads with each other, got "
+            f"{type(similarity).__name__}; pass what fit_transform of a kernel gives"
+        )
     rows, columns = head_codes(similarity.rows, similarity.columns)
     if not np.array_equal(rows, columns):
         raise HeadShapeError(
             f"{caller}: rows and columns must be the same heads in one order; pass what "
             "fit_transform of a kernel gives"
         )
-    labels = np.asarray(y)
+    labels = class_labels(y, caller)
     if labels.shape != (len(rows),):
         raise HeadShapeError(
             f"{caller}: {len(rows)} heads need as many labels, got shape {labels.shape}"

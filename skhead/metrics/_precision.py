@@ -56,7 +56,8 @@ def class_average_precisions(
     HeadShapeError
         If the shapes do not fit together.
     ValueError
-        If no head has a class, or a score is not finite.
+        If a label is missing, a class has several columns, no head has a class, or a score is not
+        finite.
 
     Examples
     --------
@@ -68,11 +69,17 @@ def class_average_precisions(
     """
     names = list(classes)
     scores = np.asarray(y_score, dtype=np.float64)
-    labels = np.asarray(y_true)
+    labels = class_labels(y_true, "class_average_precisions")
     if scores.ndim != 2 or scores.shape != (len(labels), len(names)):
         raise HeadShapeError(
             f"class_average_precisions: {len(labels)} heads and {len(names)} classes need scores "
             f"of shape {(len(labels), len(names))}, got {scores.shape}"
+        )
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(
+            f"class_average_precisions: class {twice!r} has several columns of scores; give each "
+            "class one"
         )
     if not np.isfinite(scores).all():
         bad = np.argwhere(~np.isfinite(scores))[0]
@@ -94,6 +101,29 @@ def class_average_precisions(
             "class_average_precisions: no head has a class, so that there is nothing to be found"
         )
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def class_labels(y: ArrayLike, caller: str) -> NDArray[Any]:
+    """Labels of heads as an array, none of them missing.
+
+    Parameters
+    ----------
+    y : array-like of shape (n_heads,) or (n_heads, n_classes)
+    caller : str
+        Function to name in errors.
+
+    Raises
+    ------
+    ValueError
+        If a label is missing.
+    """
+    missing = np.argwhere(pd.isna(np.asarray(y, dtype=object)))
+    if len(missing):
+        raise ValueError(
+            f"{caller}: the label of head {missing[0][0]} is missing; give every head a class, "
+            f"{UNCLASSED!r} for one without"
+        )
+    return np.asarray(y)
 
 
 def _memberships(

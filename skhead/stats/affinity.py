@@ -79,7 +79,7 @@ def class_affinity(
         raise ValueError(
             f"class_affinity: aggregate must be one of {', '.join(AGGREGATES)}, got {aggregate!r}"
         )
-    if int(k) != k or k < 1:
+    if not isinstance(k, int | np.integer) or k < 1:
         raise ValueError(f"class_affinity: k must be a positive integer, got {k!r}")
     table = np.where(same[:, :, None], np.nan, table)
     found = np.empty((len(table), classes.shape[1], table.shape[2]))

@@ -40,6 +40,8 @@ def fit_sigmoids(
     ------
     HeadShapeError
         If the shapes differ.
+    ValueError
+        If a score is not finite.
 
     References
     ----------
@@ -60,6 +62,12 @@ def fit_sigmoids(
         raise HeadShapeError(
             "fit_sigmoids: scores and positive must both be (n, n_classes); got shapes "
             f"{x.shape} and {wanted.shape}"
+        )
+    if not np.isfinite(x).all():
+        row, column = np.argwhere(~np.isfinite(x))[0]
+        raise ValueError(
+            f"fit_sigmoids: score {row} of class {column} is {x[row, column]}; every score must be "
+            "finite"
         )
     centre, spread = x.mean(axis=0), x.std(axis=0)
     spread = np.where(spread > 0, spread, 1.0)

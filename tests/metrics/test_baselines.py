@@ -36,6 +36,20 @@ def test_layers_and_norms_are_found_where_they_tell_the_class():
     assert 0.2 < by_layer["chance"] < 0.55
 
 
+def test_folds_may_be_listed_or_generated():
+    with toy_heads() as heads:
+        y = (heads["head"] % 2).to_numpy()
+        for score in (
+            lambda cv: baseline_scores(heads, y, cv=cv, scoring="accuracy").to_numpy(),
+            lambda cv: layer_permutation_score(
+                make_pipeline(FunctionTransformer(columns), LogisticRegression()),
+                heads, y, cv=cv, scoring="accuracy", n_permutations=3,
+            ).null_scores,
+        ):  # fmt: skip
+            listed = list(FOLDS.split(heads, y))
+            np.testing.assert_array_equal(score(iter(listed)), score(listed))
+
+
 def test_a_stack_has_no_layers():
     stack = torch.randn(20, 4, 12, 3, generator=torch.Generator().manual_seed(0))
     found = baseline_scores(stack, np.arange(20) % 2, cv=2, scoring="accuracy")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import skhead
@@ -58,6 +59,21 @@ def test_pairs_of_one_class_count_once_where_symmetric(gpt2):
     assert found.loc[("KK", "Induction"), "average_precision"] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("layer_order", ["all", "forward"])
+def test_wiring_between_two_classes_does_not_depend_on_the_order_of_heads(layer_order):
+    heads = skhead.load_heads("skhead/induction-2l")
+    y = np.array(["A", "B"] * 2 + ["None"] * 8 + ["A", "B"] + ["None"] * 2)
+    kernel = skhead.ProjectionKernel(pairs=["QQ", "OQ"], layer_order=layer_order)
+    wiring = {"QQ": [("A", "B")], "OQ": [("A", "B")]}
+    expected = pair_detection(kernel.fit_transform(heads), y, wiring)
+    if layer_order == "all":
+        assert expected["n_positive"].tolist() == [9, 9]
+        assert expected["base_rate"].tolist() == [9 / 120, 9 / 256]
+    for order in (np.arange(16)[::-1], np.random.default_rng(0).permutation(16)):
+        found = pair_detection(kernel.fit_transform(heads.iloc[order]), y[order], wiring)
+        pd.testing.assert_frame_equal(found, expected)
+
+
 def test_distances_are_ranked_from_the_smallest():
     heads = skhead.load_heads("skhead/induction-2l")
     labels = skhead.datasets.load_head_classes("induction-2l", heads)
@@ -76,6 +92,10 @@ def test_refuses_what_does_not_fit():
         head_detection(kernel.transform(heads.iloc[::-1]), labels)
     with pytest.raises(HeadShapeError, match=r"16 heads need as many labels, got shape \(15,\)"):
         pair_detection(similarity, labels[1:])
+    with pytest.raises(HeadShapeError, match="head_detection: expected a Similarity.*DataFrame"):
+        head_detection(heads, labels)
+    with pytest.raises(ValueError, match="pair_detection: the label of head 2 is missing"):
+        pair_detection(similarity, ["a", "b", None, *["None"] * 13])
     with pytest.raises(ValueError, match="0 of 16 are to be found"):
         head_detection(similarity, ["None"] * 16)
     with pytest.raises(ValueError, match=r"pair_detection \(OK\): 0 of 64"):

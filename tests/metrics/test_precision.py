@@ -112,6 +112,10 @@ def test_refuses_what_does_not_fit(problem):
         class_average_precisions(np.zeros((50, 2)), scores, CLASSES)
     with pytest.raises(ValueError, match="no head has a class"):
         class_average_precisions(["None"] * 50, scores, CLASSES)
+    with pytest.raises(ValueError, match="class_average_precisions: the label of head 7 is miss"):
+        class_average_precisions([*y[:7], np.nan, *y[8:]], scores, CLASSES)
+    with pytest.raises(ValueError, match=f"class {CLASSES[0]!r} has several columns"):
+        class_average_precisions(y, scores, [CLASSES[0], *CLASSES[:2]])
     scores[3, 1] = np.nan
     with pytest.raises(ValueError, match="score of head 3 for class 'Name Mover' is nan"):
         class_average_precisions(y, scores, CLASSES)

@@ -117,5 +117,6 @@ def test_refuses_what_does_not_fit(problem):
         class_affinity(values, members, own[1:])
     with pytest.raises(ValueError, match="aggregate must be one of mean, max, topk, got 'sum'"):
         class_affinity(values, members, own, "sum")
-    with pytest.raises(ValueError, match="k must be a positive integer, got 0"):
-        class_affinity(values, members, own, "topk", 0)
+    for k in (0, 1.5, None, np.nan):
+        with pytest.raises(ValueError, match=f"k must be a positive integer, got {k}"):
+            class_affinity(values, members, own, "topk", k)

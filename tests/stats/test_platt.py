@@ -56,6 +56,8 @@ def test_a_class_of_two_borrows_the_slope_and_not_the_rate():
     assert mean == pytest.approx(0.02, abs=0.015)
 
 
-def test_refuses_shapes_that_differ():
+def test_refuses_what_does_not_fit():
     with pytest.raises(HeadShapeError, match=r"shapes \(3, 1\) and \(3, 2\)"):
         fit_sigmoids(np.zeros((3, 1)), np.zeros((3, 2)))
+    with pytest.raises(ValueError, match="score 1 of class 0 is nan"):
+        fit_sigmoids([[0.0], [np.nan], [1.0]], [[False], [True], [True]])
