@@ -24,11 +24,11 @@ import numpy as np
 import pandas as pd
 
 import skhead
-from skhead._agreement import compare_scores
-from skhead.ablation import ablate, rank_heads
-from skhead.datasets._operations import filter_operations, load_operations
+from skhead import ablate, compare_scores, rank_heads
+from skhead.datasets import filter_operations, load_operations
 from skhead.dynamics import TEMPLATES, dynamic_scores
 from skhead.operations import OperationMapper
+from skhead.weights.running import open_bridge
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "tests" / "data" / "maps_published.json"
 COPYING = "copying"
@@ -81,10 +81,11 @@ def reproduce(
     mapper = OperationMapper(kept.token_ids, k=k, copying_k=k_copying, min_pairs=1)
     mapper.fit(skhead.load_heads(source))
     static = mapper.scores_
+    bridge = open_bridge(source)
     rows, curves = {}, []
     for name, pairs in kept.operations.items():
         dynamic = dynamic_scores(
-            source,
+            bridge,
             {name: pairs},
             templates,
             tokenizer,
@@ -98,7 +99,7 @@ def reproduce(
         if ranked and name in (prompts or {}):
             settings = {"leading_space": leading_space, "bos_token": bos_token}
             task = ({name: pairs}, prompts[name], tokenizer)
-            curves.append(ablate(source, ranked, *task, **settings))
+            curves.append(ablate(bridge, ranked, *task, **settings))
         print(f"{name}: {len(pairs)} pairs", file=sys.stderr, flush=True)
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("operation")
     return table, pd.concat(curves) if curves else pd.DataFrame()

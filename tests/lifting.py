@@ -16,6 +16,7 @@ from skhead import (
     CompositionScore,
     NullCalibrator,
     ProjectionKernel,
+    SalientOperations,
     SubspaceExtractor,
     SubspaceReadout,
 )
@@ -116,6 +117,23 @@ class LiftedSubspaceReadout(_Lifted, SubspaceReadout):
     def fit(self, X, y=None):
         lifted = self._lift(X, True)
         return SubspaceReadout.fit(self, lifted, vectors=np.eye(lifted.shape[1]))
+
+    def fit_transform(self, X, y=None):
+        return self.fit(X, y).transform(X)
+
+    def get_feature_names_out(self, input_features=None):
+        return super().get_feature_names_out(input_features)
+
+
+class LiftedSalientOperations(_Lifted, SalientOperations):
+    """Saliencies of the coordinate vectors in place of tokens."""
+
+    def _lift(self, X, reset):
+        return np.stack([super()._lift(X, reset)] * 4, axis=1)
+
+    def fit(self, X, y=None):
+        lifted = self._lift(X, True)
+        return SalientOperations.fit(self, lifted, embedding=np.eye(lifted.shape[2]))
 
     def fit_transform(self, X, y=None):
         return self.fit(X, y).transform(X)

@@ -1,4 +1,4 @@
-"""Bundled models and published classes of attention heads.
+"""Bundled models, published classes of attention heads, and operations as lists of words.
 
 Nothing here reads weights, and importing it imports no torch: bundled models are files, read by
 :func:`skhead.load_heads` like any other source.
@@ -8,12 +8,24 @@ from __future__ import annotations
 
 from skhead.datasets._bundled import bundled_path, list_models, load_model_card
 from skhead.datasets._head_classes import load_head_classes
+from skhead.datasets._operations import (
+    FilteredOperations,
+    copying_operation,
+    filter_operations,
+    list_operations,
+    load_operations,
+)
 from skhead.datasets._zoo import load_head_zoo
 
 __all__ = [
+    "FilteredOperations",
     "bundled_path",
+    "copying_operation",
+    "filter_operations",
     "list_models",
+    "list_operations",
     "load_head_classes",
     "load_head_zoo",
     "load_model_card",
+    "load_operations",
 ]

@@ -1,0 +1,186 @@
+"""Seconds and memory of OperationMapper beside the algorithm that it replaces.
+
+``python benchmarks/operations.py`` scores a random model of the shape of GPT-2 small (12 layers of
+12 heads, d_model 768, 50,257 tokens) at 18 operations of the sizes of MAPS' own, both signs, and
+times a dense implementation of the published algorithm on some of its heads in the same run: for
+every head the whole map W_V W_O, and for every operation the logits of all its sources over the
+vocabulary, which ``topk`` sorts twice. ``--layers 2`` takes fewer layers. ``--shape 7B`` writes a
+checkpoint of that shape in bfloat16 to a temporary directory (``--layers 32``: 4.9 GB) and
+streams it from there; it reports the peak memory of the whole process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import save_file
+
+import skhead
+from skhead.operations import OperationMapper
+from skhead.weights.first_block import read_source_embedding
+from skhead.weights.tokens import read_token_space
+
+#: Pairs that the tokenizer of GPT-2 leaves of the published operations.
+SIZES = {
+    "general_copying": 436, "name_copying": 132, "word_first_letter": 238,
+    "word_last_letter": 238, "year_to_following": 133, "country_to_capital": 43,
+    "country_to_language": 48, "object_superclass": 65, "product_by_company": 40,
+    "work_location": 45, "adj_antonym": 92, "adj_comparative": 48, "adj_superlative": 41,
+    "verb_past_tense": 112, "entity_to_pronoun": 253, "word_to_synonym": 154,
+    "word_to_homophone": 91, "word_to_compound": 36,
+}  # fmt: skip
+#: Distinct sources of all of them together.
+N_SOURCES = 1597
+#: Name: layers, heads, key-value heads, d_model, d_head, hidden units, tokens.
+SHAPES = {
+    "124M": (12, 12, 12, 768, 64, 3072, 50_257),
+    "7B": (32, 32, 32, 4096, 128, 11_008, 32_000),
+}
+
+
+def operations(n_vocab: int) -> dict[str, np.ndarray]:
+    """Random pairs of the published sizes, with as many distinct sources."""
+    rng = np.random.default_rng(0)
+    words = rng.permutation(n_vocab)[:N_SOURCES]
+    pairs, used = {}, 0
+    for name, size in SIZES.items():
+        sources = words[np.arange(used, used + size) % N_SOURCES]
+        targets = sources if "copying" in name else rng.integers(0, n_vocab, size)
+        pairs[name] = np.stack([sources, targets], axis=1)
+        used += size
+    return pairs
+
+
+def write_checkpoint(folder: Path, shape: str, n_layers: int, dtype: torch.dtype) -> None:
+    """Random weights of a Llama model: all attention, the first MLP and both ends."""
+    _, n_heads, n_kv, d_model, d_head, d_mlp, n_vocab = SHAPES[shape]
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size: int) -> torch.Tensor:
+        return (0.02 * torch.randn(size, generator=generator)).to(dtype)
+
+    shards = {}
+    for layer in range(n_layers):
+        prefix = f"model.layers.{layer}."
+        tensors = {
+            f"{prefix}self_attn.q_proj.weight": random(n_heads * d_head, d_model),
+            f"{prefix}self_attn.k_proj.weight": random(n_kv * d_head, d_model),
+            f"{prefix}self_attn.v_proj.weight": random(n_kv * d_head, d_model),
+            f"{prefix}self_attn.o_proj.weight": random(d_model, n_heads * d_head),
+            f"{prefix}input_layernorm.weight": torch.ones(d_model, dtype=dtype),
+        }
+        if layer == 0:
+            tensors |= {
+                f"{prefix}post_attention_layernorm.weight": torch.ones(d_model, dtype=dtype),
+                f"{prefix}mlp.gate_proj.weight": random(d_mlp, d_model),
+                f"{prefix}mlp.up_proj.weight": random(d_mlp, d_model),
+                f"{prefix}mlp.down_proj.weight": random(d_model, d_mlp),
+                "model.embed_tokens.weight": random(n_vocab, d_model),
+                "model.norm.weight": torch.ones(d_model, dtype=dtype),
+                "lm_head.weight": random(n_vocab, d_model),
+            }
+        shard = f"model-{layer:05d}.safetensors"
+        save_file(tensors, folder / shard)
+        shards |= dict.fromkeys(tensors, shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    config = {
+        "model_type": "llama",
+        "hidden_size": d_model,
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": n_heads,
+        "num_key_value_heads": n_kv,
+        "head_dim": d_head,
+        "intermediate_size": d_mlp,
+        "vocab_size": n_vocab,
+        "tie_word_embeddings": False,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def dense_algorithm(heads: pd.DataFrame, pairs: dict[str, np.ndarray]) -> tuple[float, np.ndarray]:
+    """Seconds of processor for some heads, and their scores of promotion and suppression."""
+    source = heads["source"].iloc[0]
+    unembedding = read_token_space(source, tables=("unembedding",)).unembedding
+    embedding = read_source_embedding(source, "mlp0")
+    read, write = (torch.from_numpy(skhead.load_weights(heads, role)) for role in "VO")
+    scores = np.zeros((len(heads), 2 * len(pairs)))
+    started = time.process_time()
+    for head in range(len(heads)):
+        whole = read[head] @ write[head].T
+        for column, (name, ids) in enumerate(pairs.items()):
+            k = 1 if "copying" in name else 10
+            sources, targets = torch.from_numpy(ids).T
+            logits = embedding[sources] @ whole @ unembedding.T
+            for i, signed in enumerate((logits, -logits)):
+                hits = signed.topk(k, dim=1).indices == targets[:, None]
+                scores[head, 2 * column + i] = hits.any(1).float().mean()
+    return time.process_time() - started, scores
+
+
+def peak_bytes() -> int:
+    """Largest memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def compare(heads: pd.DataFrame, pairs: dict[str, np.ndarray], n_dense: int) -> None:
+    """Print seconds per head of both, reading and null included, and whether they agree."""
+    last = heads.iloc[-n_dense:]
+    half = n_dense // 2
+    halves = [dense_algorithm(last.iloc[:half], pairs)]
+    wall, processor = time.perf_counter(), time.process_time()
+    mapper = OperationMapper(pairs).fit(heads)
+    wall, processor = time.perf_counter() - wall, time.process_time() - processor
+    halves.append(dense_algorithm(last.iloc[half:], pairs))
+    dense = sum(seconds for seconds, _ in halves) / n_dense
+    own = processor / len(heads)
+    expected = np.concatenate([scores for _, scores in halves])
+    largest = np.abs(mapper.scores_.iloc[-n_dense:].to_numpy() - expected).max()
+    print(f"dense algorithm   {dense:7.3f} s of processor per head ({n_dense} heads)")
+    print(
+        f"OperationMapper   {own:7.3f} s of processor per head ({len(heads)} heads in {wall:.1f} s)"
+    )
+    print(f"ratio             {dense / own:7.1f}; largest difference of scores {largest:.2g}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="124M")
+    parser.add_argument("--layers", type=int, help="layers of the model; all of the shape's")
+    parser.add_argument("--dense-heads", type=int, default=4, help="heads for the dense algorithm")
+    parser.add_argument("--directory", type=Path, help="where the checkpoint is written")
+    arguments = parser.parse_args()
+    n_layers = arguments.layers or SHAPES[arguments.shape][0]
+    small = arguments.shape == "124M"
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as folder:
+        dtype = torch.float32 if small else torch.bfloat16
+        written = (Path(folder), arguments.shape, n_layers, dtype)
+        writer = multiprocessing.get_context("spawn").Process(target=write_checkpoint, args=written)
+        writer.start()
+        writer.join()
+        heads = skhead.load_heads(folder)
+        *_, d_model, _, _, n_vocab = SHAPES[arguments.shape]
+        pairs = operations(n_vocab)
+        before = peak_bytes() + 2 * 4 * n_vocab * d_model
+        started = time.perf_counter()
+        OperationMapper(pairs).fit(heads.iloc[-2:] if small else heads)
+        print(
+            f"{arguments.shape}: {time.perf_counter() - started:.1f} s, peak memory of the process "
+            f"{peak_bytes() / 2**30:.2f} GiB, {(peak_bytes() - before) / 2**30:.2f} GiB more than "
+            "libraries and both tables of tokens in float32",
+            flush=True,
+        )
+        if small:
+            compare(heads, pairs, arguments.dense_heads)
+
+
+if __name__ == "__main__":
+    main()
