@@ -19,6 +19,7 @@ from skhead.weights import head_labels
 from skhead.weights.tokens import TABLES, TokenSpace, read_token_space
 
 __all__ = [
+    "LayerReader",
     "Processing",
     "SourceHeads",
     "check_count",
@@ -31,9 +32,14 @@ __all__ = [
     "open_maps",
     "per_head",
     "refuse_zero_maps",
+    "token_columns",
     "token_matrix",
     "token_texts",
 ]
+
+
+#: Bytes of one role's matrices that are held at once; at least one layer's.
+_HELD = 2**28
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,50 @@ def layer_rows(heads: pd.DataFrame) -> list[NDArray[np.int64]]:
     return [np.flatnonzero(layers == layer) for layer in np.unique(layers)]
 
 
+class LayerReader:
+    """Reads the matrices of a model some layers at a time, and each once if they are small.
+
+    Parameters
+    ----------
+    model : SourceHeads
+    process : Processing
+
+    Attributes
+    ----------
+    layers : list of ndarray of int64
+        Rows of the heads of every layer, by rising layer.
+    groups : list of ndarray of int64
+        The same in runs of layers that are read at once.
+    """
+
+    def __init__(self, model: SourceHeads, process: Processing) -> None:
+        self._model, self._process = model, process
+        self._whole: dict[str, torch.Tensor] = {}
+        self.layers = layer_rows(model.table)
+        limit = _HELD // (4 * model.heads.d_model * int(model.table["d_head"].iloc[0]))
+        self.groups: list[NDArray[np.int64]] = []
+        for rows in self.layers:
+            if self.groups and len(self.groups[-1]) + len(rows) <= limit:
+                self.groups[-1] = np.concatenate([self.groups[-1], rows])
+            else:
+                self.groups.append(rows)
+
+    def read(self, role: str, rows: NDArray[np.int64]) -> torch.Tensor:
+        """One matrix for each of some heads, ``(n_rows, d_model, d_head)``.
+
+        Parameters
+        ----------
+        role : str
+        rows : ndarray of int64
+            At least one.
+        """
+        if len(self.groups) > 1:
+            return self._process.stack(heads_at(self._model.heads, rows), role)
+        if role not in self._whole:
+            self._whole[role] = self._process.stack(self._model.heads, role)
+        return per_head(self._whole[role], rows)
+
+
 def refuse_zero_maps(norms: torch.Tensor, heads: pd.DataFrame, name: str, caller: str) -> None:
     """Raise for the first head whose map is zero."""
     zero = (norms == 0).nonzero()
@@ -188,6 +238,15 @@ def check_ids(tokens: Any, n_vocab: int, name: str, caller: str) -> NDArray[np.i
             f"{caller}: {name} holds {outside[0]}, but the token ids are 0 to {n_vocab - 1}"
         )
     return ids.astype(np.int64)
+
+
+def token_columns(tokens: NDArray[np.int64], vocabulary: Any, caller: str) -> NDArray[np.object_]:
+    """Names of columns that are tokens: ``"token7"``, followed by the text if there is one."""
+    names = [f"token{token}" for token in tokens]
+    if vocabulary is not None:
+        texts = token_texts(tokens, vocabulary, caller)
+        names = [f"{name} {text!r}" for name, text in zip(names, texts, strict=True)]
+    return np.asarray(names, dtype=object)
 
 
 def token_texts(tokens: NDArray[np.int64], vocabulary: Any, caller: str) -> list[str]:

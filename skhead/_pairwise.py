@@ -38,11 +38,10 @@ from skhead._compared import (
     refuse_zero,
     roles_in,
 )
-from skhead.containers import Similarity, Subspaces
+from skhead.containers import Similarity, Subspaces, feature_names
 from skhead.exceptions import HeadShapeError, MemoryBudgetError
 from skhead.linalg.alignments import Measure, unit_stack
 from skhead.linalg.kernels import overlap_blocks
-from skhead.weights import head_labels
 
 __all__ = [
     "LAYER_ORDERS",
@@ -91,8 +90,7 @@ class PairwiseKernel(HeadEstimator):
         ndarray of shape (n_pairs * n_reference_heads,)
         """
         check_is_fitted(self)
-        labels = head_labels(self.reference_heads_)
-        return np.asarray([f"{p}:{label}" for p in self.pairs_ for label in labels], dtype=object)
+        return np.asarray(feature_names(self.pairs_, self.reference_heads_), dtype=object)
 
     def fit_transform(self, X: Any, y: Any = None) -> Any:
         """Fit on the heads and compare them with each other.

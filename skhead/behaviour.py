@@ -163,13 +163,14 @@ def _checked_thresholds(thresholds: Mapping[str, float] | None) -> dict[str, flo
             f"{_CALLER}: thresholds must map names of scores to numbers, got "
             f"{type(thresholds).__name__}"
         )
-    for name, value in (thresholds or {}).items():
+    given: Mapping[str, Any] = thresholds or {}
+    for name, value in given.items():
         if name not in limits:
             raise ValueError(
                 f"{_CALLER}: thresholds name the unknown score {name!r}; the scores are "
                 f"{', '.join(BEHAVIOURS)}"
             )
-        if not isinstance(value, Real) or not value > 0:
+        if not isinstance(value, Real) or not float(value) > 0:
             raise ValueError(
                 f"{_CALLER}: threshold of {name} must be a positive number, got {value!r}"
             )

@@ -31,7 +31,7 @@ from skhead._nulls import (
     SignflipNull,
     plain_scores,
 )
-from skhead.containers import Calibration, Similarity, similarity_in
+from skhead.containers import Calibration, Similarity, feature_names, similarity_in
 from skhead.exceptions import HeadShapeError, ProvenanceMismatchError
 from skhead.stats import (
     adjust_log_p,
@@ -44,7 +44,6 @@ from skhead.stats import (
     permutation_test,
     top_degrees,
 )
-from skhead.weights import head_labels
 
 __all__ = ["NullCalibrator", "head_permutation_test", "informativeness"]
 
@@ -233,8 +232,7 @@ class NullCalibrator(TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         if hasattr(self, "n_features_in_"):
             return np.asarray(_check_feature_names_in(self, input_features), dtype=object)
-        labels = head_labels(self._columns)
-        return np.asarray([f"{p}:{label}" for p in self.pairs_ for label in labels], dtype=object)
+        return np.asarray(feature_names(self.pairs_, self._columns), dtype=object)
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()

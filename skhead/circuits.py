@@ -21,9 +21,9 @@ from skhead._base import (
     open_door,
     parse_bytes,
 )
-from skhead._circuits.models import ScoredHeads, score_model, score_stack
+from skhead._circuits.models import ScoredHeads, missing_in_stack, score_model, score_stack
 from skhead._circuits.scores import GROUPS, identity_parts
-from skhead._circuits.surroundings import Reading
+from skhead._circuits.surroundings import ModelReader, Reading
 from skhead.exceptions import CheckpointError, DegenerateHeadError, HeadShapeError
 from skhead.weights import HEAD_COLUMNS, check_heads, head_labels
 
@@ -53,8 +53,8 @@ class CircuitScorer(HeadEstimator):
         final norm's gain is folded into the unembedding, and rows are centred.
     errors : {"warn", "raise", "ignore"}, default="warn"
         What to do about scores whose ingredients the model lacks, such as a checkpoint without
-        token embedding: leave NaN columns with a warning that names what is missing, raise, or
-        leave them in silence.
+        token embedding, or the gain of a norm to fold: leave NaN columns with a warning that names
+        what is missing, raise, or leave them in silence. `missing_scores` lists the reasons.
     relative_position : int, default=0
         How many positions the key lies behind the query in all QK scores of models with rotary
         positions, whose queries are turned accordingly. Other models do not depend on it.
@@ -264,6 +264,41 @@ class CircuitScorer(HeadEstimator):
             return values
         return pd.DataFrame(values, X.index, list(self.scores_))
 
+    def missing_scores(self, X: Any) -> pd.DataFrame:
+        """Which scores are NaN for want of an ingredient, and what is missing.
+
+        Parameters
+        ----------
+        X : DataFrame, or array or Tensor
+            As for `transform`.
+
+        Returns
+        -------
+        DataFrame
+            One row per source and missing score, with columns ``source`` ("array" for a stack),
+            ``score`` and ``reason``; no rows if all scores are defined.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from skhead.circuits import CircuitScorer
+        >>> stack = np.random.default_rng(0).normal(size=(3, 4, 8, 2))
+        >>> scorer = CircuitScorer(["ov_norm", "ov_copying"], errors="ignore").fit(stack)
+        >>> scorer.missing_scores(stack).values.tolist()
+        [['array', 'ov_copying', 'a stack has no tokens, no positions and no layers']]
+        """
+        check_is_fitted(self)
+        self._check_parameters()
+        rows = []
+        for part in self._open(X):
+            if part.stacks is not None:
+                source, missing = "array", missing_in_stack(self.scores_)
+            else:
+                source = str(part.heads["source"].iloc[0])
+                missing = ModelReader(part.heads, self._reading()).missing(self.scores_)
+            rows += [(source, name, reason) for name, reason in missing.items()]
+        return pd.DataFrame(rows, columns=["source", "score", "reason"], dtype=object)
+
     def get_feature_names_out(self, input_features: Any = None) -> NDArray[np.object_]:
         """Names of the scores.
 
@@ -344,7 +379,12 @@ class CircuitScorer(HeadEstimator):
         name = type(self).__name__
         if part.stacks is not None:
             return score_stack(part, self.scores_, self.device, name)
-        reading = Reading(
+        return score_model(
+            part.heads, self.scores_, self._reading(), parse_bytes(self.max_memory, name), name
+        )
+
+    def _reading(self) -> Reading:
+        return Reading(
             fold_norm=self.fold_norm,
             center=self.center,
             device=default_device() if self.device is None else self.device,
@@ -352,9 +392,6 @@ class CircuitScorer(HeadEstimator):
             position_scale=float(self.position_scale),
             n_tokens=None if self.n_tokens is None else int(self.n_tokens),
             relative_position=int(self.relative_position),
-        )
-        return score_model(
-            part.heads, self.scores_, reading, parse_bytes(self.max_memory, name), name
         )
 
     def _report_missing(self, missing: Mapping[str, str], part: HeadInput) -> None:

@@ -64,6 +64,8 @@ def _report(arguments: argparse.Namespace) -> int:
         cards=arguments.cards,
         max_memory=arguments.max_memory,
         device=arguments.device,
+        operations=arguments.operations,
+        tokenizer=arguments.tokenizer,
         progress=_say,
     )
     print(page)
@@ -110,6 +112,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--fold-norm", action="store_true", help="fold norm gains into the weights")
     report.add_argument("--center", action="store_true", help="centre the weights over d_model")
+    report.add_argument(
+        "--operations",
+        metavar="NAMES|PATH",
+        help="score operations on tokens: all, names with commas between, or the path of a CSV "
+        "file, of a directory of JSON files or of a MAPS checkout (default: none)",
+    )
+    report.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="of the operations' words: a tokenizer.json, a tokens.json, or the directory of one "
+        "(default: beside the model)",
+    )
     demo = commands.add_parser(
         "demo",
         help="write a page on the small bundled model",
@@ -123,8 +137,9 @@ def _parser() -> argparse.ArgumentParser:
         help="where to write (default: %(default)s)",
     )
     demo.set_defaults(
-        source=_DEMO, revision=None, part=None, labels=None, fold_norm=False, center=False
-    )
+        source=_DEMO, revision=None, part=None, labels=None, fold_norm=False, center=False,
+        operations=None, tokenizer=None,
+    )  # fmt: skip
     for command in (report, demo):
         _add_common(command)
     return parser

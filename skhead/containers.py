@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ __all__ = [
     "RoleBases",
     "Similarity",
     "Subspaces",
+    "feature_names",
     "head_codes",
     "similarity_in",
 ]
@@ -164,8 +165,7 @@ class Similarity(Frozen):
     @property
     def feature_names(self) -> list[str]:
         """Names of the 2-D features, such as ``"OQ:L4H7"``."""
-        labels = head_labels(self.columns)
-        return [f"{pair}:{label}" for pair in self.pairs for label in labels]
+        return feature_names(self.pairs, self.columns)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -395,6 +395,12 @@ def head_codes(
     both = pd.concat([rows[_HEAD], columns[_HEAD]], ignore_index=True)
     codes = both.groupby(_HEAD, sort=False).ngroup().to_numpy().astype(np.int64)
     return codes[: len(rows)], codes[len(rows) :]
+
+
+def feature_names(pairs: Sequence[str], columns: pd.DataFrame) -> list[str]:
+    """Names of 2-D features, such as ``"OQ:L4H7"``: pair kinds in turn, column heads in each."""
+    labels = head_labels(columns)
+    return [f"{pair}:{label}" for pair in pairs for label in labels]
 
 
 def similarity_in(X: Any) -> Similarity | None:

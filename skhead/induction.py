@@ -15,11 +15,11 @@ from scipy.special import ndtri
 
 from skhead._base import ROLES, defined_pairs, progress_bar
 from skhead._inputs import (
+    LayerReader,
     Processing,
     SourceHeads,
     check_count,
     check_number,
-    layer_rows,
     of_sources,
     open_maps,
     refuse_zero_maps,
@@ -148,6 +148,9 @@ def induction_pairs(
     Where few directions dominate a circuit, its eigenvalue ratio reaches 0.9 between unrelated
     heads, which `matching_z` tells apart: it asks how many directions agree.
 
+    Matrices of the heads are read a few layers at a time, 256 MiB of each role or one layer. The
+    embedding, the unembedding and a few matrices of d_model x d_model in float64 come on top.
+
     References
     ----------
     N. Elhage et al., "A mathematical framework for transformer circuits", Transformer Circuits
@@ -196,20 +199,25 @@ def _pairs_of_model(
 ) -> _Found:
     space = process.tokens(model.name)
     embedding, unembedding = _both_ends(space)
-    stacks = {role: process.stack(model.heads, role) for role in ROLES}
-    refuse_zero_maps(product_norms(stacks["V"], stacks["O"]), model.table, "OV", _CALLER)
-    refuse_zero_maps(product_norms(stacks["Q"], stacks["K"]), model.table, "QK", _CALLER)
-    logits = _position_logits(model, space, embedding, stacks, n_positions, process)
-    previous = position_scores(logits).previous.cpu().numpy()
-    form = row_products(unembedding, embedding)
-    copies = eigenvalue_ratios(small_circuits(stacks["V"], stacks["O"], form)).cpu().numpy()
-    gram = _centred_gram(embedding)
+    reader = LayerReader(model, process)
+    form, gram = row_products(unembedding, embedding), _centred_gram(embedding)
+    inputs = _inputs_by_position(model, space, embedding, n_positions)
+    previous, copies = (np.empty(len(model.labels)) for _ in range(2))
+    for rows in reader.layers:
+        stacks = {role: reader.read(role, rows) for role in ROLES}
+        layer = model.table.iloc[rows]
+        refuse_zero_maps(product_norms(stacks["V"], stacks["O"]), layer, "OV", _CALLER)
+        refuse_zero_maps(product_norms(stacks["Q"], stacks["K"]), layer, "QK", _CALLER)
+        logits = _position_logits(layer, space, inputs, stacks, n_positions, process.fold_norm)
+        previous[rows] = position_scores(logits).previous.cpu().numpy()
+        small = small_circuits(stacks["V"], stacks["O"], form)
+        copies[rows] = eigenvalue_ratios(small).cpu().numpy()
     allowed = defined_pairs(model.table, model.table, True, "forward")
-    composition, deviations = _statistics(model, allowed, stacks, gram)
+    composition, deviations = _statistics(reader, allowed, gram)
     possible = (deviations > 0) & (previous[:, None] > 0) & (copies[None, :] > 0)
     ranked = np.where(possible, deviations, np.nan)
     first, second = largest_entries(ranked, ranked.size if top is None else top)
-    matching = _matching(first, second, stacks, gram)
+    matching = _matching(reader, first, second, gram)
     table = {
         "source": model.name,
         "previous_head": model.labels[first],
@@ -253,52 +261,53 @@ def _centred_gram(embedding: torch.Tensor) -> torch.Tensor:
     return row_products(embedding, embedding) - len(embedding) * torch.outer(mean, mean)
 
 
-def _position_logits(
-    model: SourceHeads,
-    space: TokenSpace,
-    embedding: torch.Tensor,
-    stacks: Mapping[str, torch.Tensor],
-    n_positions: int,
-    process: Processing,
+def _inputs_by_position(
+    model: SourceHeads, space: TokenSpace, embedding: torch.Tensor, n_positions: int
 ) -> torch.Tensor:
-    """Attention logits between positions, of every head."""
+    """What heads see on average at each position; one row for rotary positions."""
     norm = describe_sources(model.table)[0].norm.removesuffix("+1")
-    w_q, w_k = stacks["Q"], stacks["K"]
-    if process.fold_norm:
-        w_q, w_k = (
-            torch.cat([w, read_offsets(model.table, role, device=w.device)[:, None].to(w)], dim=1)
-            for role, w in (("Q", w_q), ("K", w_k))
-        )
     if space.position_kind == "learned":
         if space.positions is None:
             raise UnsupportedLayoutError(f"{_CALLER}: {space.missing['positions']}")
-        inputs = mean_inputs(embedding, space.positions[:n_positions], norm)
-        return learned_position_logits(_widened(inputs, w_q), w_q, w_k)
-    if space.position_kind != "rotary":
-        raise UnsupportedLayoutError(
-            f"{_CALLER}: {space.source} has positions of the kind {space.position_kind!r}; "
-            "attention to the previous token is read only off learned and rotary positions"
+        return mean_inputs(embedding, space.positions[:n_positions], norm)
+    if space.position_kind == "rotary":
+        return mean_inputs(embedding, None, norm)
+    raise UnsupportedLayoutError(
+        f"{_CALLER}: {space.source} has positions of the kind {space.position_kind!r}; "
+        "attention to the previous token is read only off learned and rotary positions"
+    )
+
+
+def _position_logits(
+    layer: pd.DataFrame,
+    space: TokenSpace,
+    inputs: torch.Tensor,
+    stacks: Mapping[str, torch.Tensor],
+    n_positions: int,
+    fold_norm: bool,
+) -> torch.Tensor:
+    """Attention logits between positions, of the heads of one layer."""
+    w_q, w_k = stacks["Q"], stacks["K"]
+    if fold_norm:
+        w_q, w_k = (
+            torch.cat([w, read_offsets(layer, role, device=w.device)[:, None].to(w)], dim=1)
+            for role, w in (("Q", w_q), ("K", w_k))
         )
-    token = _widened(mean_inputs(embedding, None, norm), w_q)[0]
-    parts = []
-    for rows in layer_rows(model.table):
-        rotary = space.rotary_at(int(model.table["layer"].iloc[rows[0]]))
-        at = torch.as_tensor(rows, device=embedding.device)
-        queries = w_q[at].clone()
-        queries[..., : rotary.n_dims] *= rotary.scaling**2
-        parts.append(
-            rotary_position_logits(
-                token,
-                queries,
-                w_k[at],
-                n_positions,
-                frequencies=rotary.frequencies,
-                n_dims=rotary.n_dims,
-                pairing=rotary.pairing,
-            )
-        )
-    order = np.argsort(np.concatenate(layer_rows(model.table)))
-    return torch.cat(parts)[torch.as_tensor(order, device=embedding.device)]
+    inputs = _widened(inputs, w_q)
+    if space.position_kind == "learned":
+        return learned_position_logits(inputs, w_q, w_k)
+    rotary = space.rotary_at(int(layer["layer"].iloc[0]))
+    queries = w_q.clone()
+    queries[..., : rotary.n_dims] *= rotary.scaling**2
+    return rotary_position_logits(
+        inputs[0],
+        queries,
+        w_k,
+        n_positions,
+        frequencies=rotary.frequencies,
+        n_dims=rotary.n_dims,
+        pairing=rotary.pairing,
+    )
 
 
 def _widened(inputs: torch.Tensor, stack: torch.Tensor) -> torch.Tensor:
@@ -308,42 +317,50 @@ def _widened(inputs: torch.Tensor, stack: torch.Tensor) -> torch.Tensor:
 
 
 def _statistics(
-    model: SourceHeads,
-    allowed: NDArray[np.bool_],
-    stacks: Mapping[str, torch.Tensor],
-    gram: torch.Tensor,
+    reader: LayerReader, allowed: NDArray[np.bool_], gram: torch.Tensor
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """K-composition and deviation of the matching, of all pairs of different layers."""
-    maps = head_maps(stacks["V"], stacks["O"])
     composition, deviations = np.full(allowed.shape, np.nan), np.full(allowed.shape, np.nan)
-    for columns in progress_bar(layer_rows(model.table), _CALLER, unit="layer"):
-        rows = np.flatnonzero(allowed[:, columns].any(axis=1))
-        if rows.size:
-            at = torch.as_tensor(columns, device=gram.device)
-            found = induction_statistics(maps.take(rows), stacks["Q"][at], stacks["K"][at], gram)
-            block = np.ix_(rows, columns)
-            composition[block], deviations[block] = (part.cpu().numpy() for part in found)
+    for earlier in progress_bar(reader.groups, _CALLER, unit="group"):
+        if not allowed[earlier].any():
+            continue
+        maps = head_maps(reader.read("V", earlier), reader.read("O", earlier))
+        for later in reader.layers:
+            inside = np.flatnonzero(allowed[np.ix_(earlier, later)].any(axis=1))
+            if inside.size:
+                queries, keys = reader.read("Q", later), reader.read("K", later)
+                found = induction_statistics(maps.take(inside), queries, keys, gram)
+                block = np.ix_(earlier[inside], later)
+                composition[block], deviations[block] = (part.cpu().numpy() for part in found)
     return composition, deviations
 
 
 def _matching(
+    reader: LayerReader,
     first: NDArray[np.int64],
     second: NDArray[np.int64],
-    stacks: Mapping[str, torch.Tensor],
     gram: torch.Tensor,
 ) -> NDArray[np.float64]:
     """Eigenvalue ratios of the composed circuits of chosen pairs, later head by later head."""
     found = np.empty(len(first))
-    for later in np.unique(second):
-        queries, keys = gram @ stacks["Q"][later].double(), stacks["K"][later].double()
-        pairs = np.flatnonzero(second == later)
-        for chosen in np.array_split(pairs, -(-len(pairs) // _BLOCK)):
-            earlier = torch.as_tensor(first[chosen], device=gram.device)
-            ratios = paired_matching(
-                queries.expand(len(chosen), -1, -1),
-                keys.expand(len(chosen), -1, -1),
-                stacks["V"][earlier],
-                stacks["O"][earlier],
-            )
-            found[chosen] = ratios.cpu().numpy()
+    for earlier in reader.groups:
+        in_group = np.isin(first, earlier)
+        if not in_group.any():
+            continue
+        values, outputs = reader.read("V", earlier), reader.read("O", earlier)
+        places = {int(row): i for i, row in enumerate(earlier)}
+        for later in np.unique(second[in_group]):
+            one = np.array([later])
+            queries = gram @ reader.read("Q", one)[0].double()
+            keys = reader.read("K", one)[0].double()
+            pairs = np.flatnonzero(in_group & (second == later))
+            for chosen in np.array_split(pairs, -(-len(pairs) // _BLOCK)):
+                at = [places[int(row)] for row in first[chosen]]
+                ratios = paired_matching(
+                    queries.expand(len(chosen), -1, -1),
+                    keys.expand(len(chosen), -1, -1),
+                    values[at],
+                    outputs[at],
+                )
+                found[chosen] = ratios.cpu().numpy()
     return found

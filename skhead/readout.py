@@ -25,6 +25,7 @@ from skhead._inputs import (
     Processing,
     check_count,
     check_ids,
+    token_columns,
     token_matrix,
     token_texts,
 )
@@ -252,11 +253,7 @@ class SubspaceReadout(HeadEstimator):
         ndarray of shape (n_scored_tokens,)
         """
         check_is_fitted(self)
-        names = [f"token{token}" for token in self.tokens_]
-        if self.vocabulary is not None:
-            texts = token_texts(self.tokens_, self.vocabulary, type(self).__name__)
-            names = [f"{name} {text!r}" for name, text in zip(names, texts, strict=True)]
-        return np.asarray(names, dtype=object)
+        return token_columns(self.tokens_, self.vocabulary, type(self).__name__)
 
     @property
     def _process(self) -> Processing:

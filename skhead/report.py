@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,6 +34,8 @@ def write_report(
     cards: bool = True,
     max_memory: int | str = "1GiB",
     device: str | None = None,
+    operations: Any = None,
+    tokenizer: Any = None,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
     """Write ``report.html`` and its tables on the attention heads of one model.
@@ -70,6 +73,16 @@ def write_report(
         Scratch that each comparison may use.
     device : str, optional
         Where to compute.
+    operations : str, path-like, sequence of str, mapping or OperationMapper, default=None
+        Also score which operations on tokens heads carry out or suppress, as `OperationMapper`
+        does: ``"all"`` of `skhead.datasets.list_operations` and ``"token_copying"``, the names of
+        some (in a text, with commas between), a path for `skhead.datasets.load_operations`, pairs
+        by name, or an estimator with settings of its own. Without an MLP in the first block heads
+        are taken to read embeddings, which the page says.
+    tokenizer : tokenizer, path or callable, default=None
+        Turns the words of operations into tokens, as for `OperationMapper`. By default it is read
+        from files beside the model: ``tokenizer.json``, ``vocab.json`` with ``merges.txt``, or
+        ``tokens.json``, the list of the texts of all tokens.
     progress : callable, optional
         Told one line at the start of every stage.
 
@@ -83,8 +96,8 @@ def write_report(
     SkheadError
         If the model cannot be read, or the labels do not fit it.
     ValueError
-        If `k` is not a positive integer, the null law is unknown, the device cannot be used, or
-        another option does not apply.
+        If `k` is not a positive integer, the null law is unknown, the device cannot be used, no
+        operation keeps enough pairs of single tokens, or another option does not apply.
 
     Examples
     --------
@@ -112,6 +125,8 @@ def write_report(
         cards=cards,
         max_memory=max_memory,
         device=device,
+        operations=operations,
+        tokenizer=tokenizer,
     )
     analysis = analyse(source, options, stage)
     stage("writing the page")

@@ -20,6 +20,7 @@ from skhead._inputs import (
     check_ids,
     heads_at,
     layer_rows,
+    token_columns,
     token_matrix,
     token_texts,
 )
@@ -268,11 +269,9 @@ class SalientOperations(HeadEstimator):
         ndarray of shape (n_considered_tokens,)
         """
         check_is_fitted(self)
-        names = [f"token{token}" for token in self.tokens_]
-        if self.vocabulary is not None:
-            texts = self._texts(self.tokens_)
-            names = [f"{name} {text!r}" for name, text in zip(names, texts, strict=True)]
-        return np.asarray(names, dtype=object)
+        name = type(self).__name__
+        texts = None if self.vocabulary is None else as_vocabulary(self.vocabulary, name)
+        return token_columns(self.tokens_, texts, name)
 
     def _check_parameters(self) -> None:
         name = type(self).__name__

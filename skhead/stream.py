@@ -208,6 +208,11 @@ def erasures(
     ValueError
         If `top` is no positive integer.
 
+    Notes
+    -----
+    W_V and W_O of all heads of a model are held at once, with orthonormal bases of the same size:
+    some 8 GB for 32 layers of 32 heads at d_model 4096.
+
     Examples
     --------
     >>> import skhead

@@ -19,7 +19,7 @@ from sklearn.utils._set_output import _get_output_config
 from sklearn.utils.validation import check_is_fitted
 
 from skhead import __version__
-from skhead.containers import Similarity, head_codes
+from skhead.containers import Similarity, feature_names, head_codes
 from skhead.exceptions import HeadTableError
 from skhead.weights import check_heads, head_labels, load_heads
 
@@ -137,8 +137,7 @@ class WholeModelSimilarity(TransformerMixin, BaseEstimator):
         ndarray of shape (n_pairs * n_reference_heads,)
         """
         check_is_fitted(self)
-        labels = head_labels(self.reference_heads_)
-        return np.asarray([f"{p}:{label}" for p in self.pairs_ for label in labels], dtype=object)
+        return np.asarray(feature_names(self.pairs_, self.reference_heads_), dtype=object)
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()

@@ -20,6 +20,8 @@ WORKER = """
 import json, sys, threading, time
 from pathlib import Path
 import skhead
+from skhead import _inputs
+from skhead.linalg import factored, paths
 from skhead.circuits import CircuitScorer
 
 def status(key):
@@ -36,9 +38,15 @@ model, groups, budget = sys.argv[1], sys.argv[2].split(","), sys.argv[3]
 CircuitScorer().fit_transform(skhead.load_heads("skhead/induction-2l"))
 heads = skhead.load_heads(model)
 before, peak, done = status("RssAnon:"), 0, False
-thread = threading.Thread(target=watch)
+thread = threading.Thread(target=watch, daemon=True)
 thread.start()
-CircuitScorer(groups, max_memory=budget, errors="ignore").fit_transform(heads)
+if groups[0] in ("virtual_heads", "induction_pairs"):
+    _inputs._HELD = int(budget) * 2**20
+    factored._SCRATCH = paths._SCRATCH = 2**22
+    options = {"beam": 10} if groups[0] == "virtual_heads" else {}
+    getattr(skhead, groups[0])(heads, top=10, **options)
+else:
+    CircuitScorer(groups, max_memory=budget, errors="ignore").fit_transform(heads)
 done = True
 thread.join()
 print(json.dumps(peak - before))
@@ -55,6 +63,7 @@ def model(tmp_path_factory):
         for layer in range(N_LAYERS)
         for role, shape in {**shapes, "W_O": (D_HEAD, D_MODEL)}.items()
     }
+    tensors["pos_embed.W_pos"] = torch.randn(64, D_MODEL, generator=generator)
     tensors["embed.W_E"] = torch.randn(N_VOCAB, D_MODEL, generator=generator)
     tensors["unembed.W_U"] = torch.randn(D_MODEL, N_VOCAB, generator=generator)
     path = tmp_path_factory.mktemp("large") / "model.safetensors"
@@ -72,3 +81,15 @@ def test_a_model_is_streamed(model, groups):
     of_heads = json.loads(done.stdout) - maps - (0 if groups == "composition" else 2 * tokens)
     of_model = 4 * 4 * N_LAYERS * N_HEADS * D_MODEL * D_HEAD
     assert of_heads < 24 * 2**20 + 32 * 2**20 < 0.7 * of_model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("function", "held"), [("virtual_heads", 1 / 4), ("induction_pairs", 0)])
+def test_pairs_of_heads_are_streamed(function, held, model):
+    """Tokens, three maps of the stream, a share of the heads' matrices, and some layers."""
+    command = [sys.executable, "-c", WORKER, str(model), function, "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    tokens, maps = 2 * 4 * N_VOCAB * D_MODEL, 3 * 8 * D_MODEL**2
+    of_heads = json.loads(done.stdout) - maps - 2 * tokens
+    of_model = 4 * 4 * N_LAYERS * N_HEADS * D_MODEL * D_HEAD
+    assert of_heads < held * of_model + 32 * 2**20 < 0.7 * of_model

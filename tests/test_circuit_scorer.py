@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import save_file
+from architectures import ZOO, fresh_model
+from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 from sklearn.base import clone
 from sklearn.compose import ColumnTransformer
@@ -363,6 +364,49 @@ def test_missing_ones_are_told_apart():
     ]  # fmt: skip
     assert not features.drop(columns=missing).isna().to_numpy().any()
     assert "positions" in str(caught[0].message)
+
+
+@pytest.mark.parametrize(
+    ("family", "gain", "lost", "kept"),
+    [
+        ("llama", "model.norm.weight", {"ov_copying"}, {"qk_matching", "previous_token"}),
+        ("bloom", "embeddings_layernorm.weight", {"qk_matching", "ov_copying"}, {"pk_vo"}),
+    ],
+)
+def test_a_gain_that_cannot_be_folded_is_named(family, gain, lost, kept, tmp_path):
+    fresh_model(ZOO[family]).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith(gain))
+    del tensors[name]
+    save_file(tensors, path)
+    heads = skhead.load_heads(tmp_path)
+    scorer = CircuitScorer([*lost, *kept], fold_norm=True)
+    with pytest.warns(UserWarning, match=f"there is no tensor '{name}' in .*the gain of the norm"):
+        features = scorer.fit_transform(heads)
+    assert set(features.columns[features.isna().all()]) == lost
+    assert features[[*kept]].notna().all(axis=None)
+    assert set(scorer.missing_scores(heads)["score"]) == lost
+    with pytest.raises(CheckpointError, match=f"{name}.*fold_norm=True"):
+        clone(scorer).set_params(errors="raise").fit_transform(heads)
+    raw = CircuitScorer([*lost, *kept]).fit(heads)
+    assert raw.missing_scores(heads).empty
+
+
+def test_missing_scores_are_those_of_nan(toy):
+    _, complete = toy
+    tensors = model(seed=1, n_layers=2)
+    del tensors["unembed.W_U"]
+    scorer = CircuitScorer(errors="ignore").fit(complete)
+    assert scorer.missing_scores(complete).empty
+    with registered(tensors) as lacking:
+        both = pd.concat([complete, lacking])
+        features = scorer.transform(both)
+        missing = scorer.missing_scores(both)
+    assert set(missing["source"]) == {lacking["source"].iloc[0]}
+    absent = features.loc[(both["source"] == lacking["source"].iloc[0]).to_numpy()].isna().all()
+    assert missing["score"].tolist() == features.columns[absent].tolist()
+    assert missing["reason"].str.contains("unembed.W_U").all()
 
 
 def test_a_stack_has_maps_only(toy):

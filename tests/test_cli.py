@@ -43,6 +43,20 @@ def test_cards_are_left_out_on_request(tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text())["cards"] is None
 
 
+def test_operations_on_request(tmp_path):
+    texts = [" " + a + b + "x" for a in "abcdefgh" for b in "klmnop"]
+    tokens, pairs = tmp_path / "tokens.json", tmp_path / "pairs.csv"
+    tokens.write_text(json.dumps(texts))
+    rows = [f"same,{text.strip()},{text.strip()}" for text in texts[2:40]]
+    pairs.write_text("\n".join(["operation,source,target", *rows]))
+    for asked, name, kept in (("token_copying", "token_copying", 48), (pairs, "same", 38)):
+        options = ["--operations", str(asked), "--tokenizer", str(tokens), "--no-cards"]
+        target = tmp_path / name
+        assert main(["report", "skhead/induction-2l", "-o", str(target), *options]) == 0
+        found = json.loads((target / "summary.json").read_text())["operations"]
+        assert found["counts"][name]["n_kept"] == kept
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [
@@ -53,6 +67,7 @@ def test_cards_are_left_out_on_request(tmp_path):
         (["skhead/induction-2l", "-o", "out", "--device", "abacus"], "device 'abacus' cannot"),
         (["skhead/induction-2l", "-o", "out", "--null", "beta"], "null must be one of 'haar'"),
         (["skhead/induction-2l", "-o", "out", "--max-memory", "much"], "max_memory must be"),
+        (["skhead/induction-2l", "-o", "out", "--operations", "all"], "on the command line --tok"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tmp_path, capsys, monkeypatch):

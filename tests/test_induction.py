@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from toys import random_weights, registered
@@ -163,6 +164,13 @@ def test_a_model_without_induction_has_no_pair(models_dir):
         assert called(pairs) == []
         assert pairs["matching_z"].max() < 3
     assert pairs["matching"].max() > 0.9
+
+
+def test_reading_layer_by_layer_changes_nothing(monkeypatch):
+    heads = skhead.load_heads("skhead/induction-2l").sample(frac=1, random_state=0)
+    expected = induction_pairs(heads, fold_norm=True)
+    monkeypatch.setattr("skhead._inputs._HELD", 1)
+    pd.testing.assert_frame_equal(induction_pairs(heads, fold_norm=True), expected)
 
 
 def test_models_are_not_mixed():

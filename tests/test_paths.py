@@ -6,6 +6,7 @@ import pickle
 
 import joblib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from toys import random_weights, registered, toy_heads
@@ -160,6 +161,17 @@ def test_models_are_not_mixed():
     np.testing.assert_allclose(second["ratio"], alone.table["ratio"])
     np.testing.assert_array_equal(virtual.stack()[4:], alone.stack())
     np.testing.assert_array_equal(virtual.steps[4:], alone.steps + len(one))
+
+
+def test_reading_layer_by_layer_changes_nothing(monkeypatch):
+    with registered(with_tokens(n_layers=4)) as heads:
+        shuffled = heads.sample(frac=1, random_state=0)
+        expected = virtual_heads(shuffled, length=3, min_ratio=0.0)
+        monkeypatch.setattr("skhead._inputs._HELD", 1)
+        found = virtual_heads(shuffled, length=3, min_ratio=0.0)
+    pd.testing.assert_frame_equal(found.table, expected.table)
+    np.testing.assert_array_equal(found.steps, expected.steps)
+    np.testing.assert_allclose(found.stack(), expected.stack(), rtol=1e-5)
 
 
 def test_pickled_by_content():

@@ -19,7 +19,7 @@ from skhead.exceptions import DegenerateHeadError
 from skhead.linalg.factored import product_norms
 from skhead.weights import head_labels, load_heads
 
-__all__ = ["ScoredHeads", "score_model", "score_stack"]
+__all__ = ["ScoredHeads", "missing_in_stack", "score_model", "score_stack"]
 
 #: Heads whose maps are held against zero at once.
 _CHUNK = 64
@@ -47,6 +47,17 @@ class ScoredHeads:
     missing: Mapping[str, str]
 
 
+def missing_in_stack(names: Collection[str]) -> dict[str, str]:
+    """By score, what a stack lacks, which has nothing but its maps.
+
+    Parameters
+    ----------
+    names : collection of str
+    """
+    why = "a stack has no tokens, no positions and no layers"
+    return {name: why for name in names if name not in GROUPS["maps"]}
+
+
 def score_stack(given: HeadInput, names: Collection[str], device: Any, caller: str) -> ScoredHeads:
     """Score heads of a stack of all four roles, which have nothing but their maps.
 
@@ -63,8 +74,7 @@ def score_stack(given: HeadInput, names: Collection[str], device: Any, caller: s
     DegenerateHeadError
         If the OV or QK map of a head is zero.
     """
-    why = "a stack has no tokens, no positions and no layers"
-    missing = {name: why for name in names if name not in GROUPS["maps"]}
+    missing = missing_in_stack(names)
     present = [name for name in names if name not in missing]
     if not present:
         return ScoredHeads({}, missing)

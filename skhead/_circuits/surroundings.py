@@ -24,6 +24,8 @@ _NEEDS_UNEMBEDDING = ("ov_copying", "ov_diagonal", "ov_top1_self", "induction_st
 _NEEDS_POSITIONS = (*GROUPS["positions"], "induction_strength")
 _TOKENS = {*GROUPS["tokens"], *GROUPS["induction"]}
 _POSITIONS = set(_NEEDS_POSITIONS)
+#: What the norm behind the embedding acts on.
+_STREAM_TABLES = ("embedding", "positions")
 #: Fewest positions among which the first, the previous and the current one differ.
 _FEWEST_POSITIONS = 3
 
@@ -71,6 +73,7 @@ class ModelReader:
         self.reading = reading
         self.source = str(heads["source"].iloc[0])
         self._space: TokenSpace = read_token_space(self.source, tables=())
+        self._unfoldable = _unfoldable(self._space) if reading.fold_norm else {}
 
     def read(self, rows: pd.DataFrame) -> HeadStacks:
         """All four matrices of heads, of whatever layers.
@@ -120,6 +123,15 @@ class ModelReader:
             return None
         return self._space.rotary_at(layer)
 
+    def missing(self, names: Collection[str]) -> dict[str, str]:
+        """By score, which ingredient the model lacks.
+
+        Parameters
+        ----------
+        names : collection of str
+        """
+        return self._missing(self._read_space(names), names)
+
     def surroundings(self, names: Collection[str]) -> Surroundings:
         """What the given scores need beside the heads.
 
@@ -154,6 +166,7 @@ class ModelReader:
             tables.append("unembedding")
         if _POSITIONS & set(names):
             tables.append("positions")
+        tables = [table for table in tables if table not in self._unfoldable]
         if not tables:
             return self._space
         return read_token_space(self.source, tables=tables, **self.reading.processing)
@@ -196,7 +209,7 @@ class ModelReader:
     def _lacks(self, space: TokenSpace, table: str) -> str | None:
         vectors = getattr(space, table)
         if vectors is None:
-            return space.missing.get(table)
+            return self._unfoldable.get(table, space.missing.get(table))
         other = space.embedding
         if table == "unembedding" and other is not None and len(other) != len(vectors):
             return (
@@ -209,13 +222,26 @@ class ModelReader:
         kind = space.position_kind
         if kind == "learned":
             if space.positions is None:
-                return space.missing.get("positions")
+                return self._lacks(space, "positions")
             if len(space.positions) < _FEWEST_POSITIONS:
                 return f"it has {len(space.positions)} positions, too few to tell apart"
             return None
         if kind == "rotary":
             return space.missing.get("rotary", self._lacks(space, "embedding"))
         return f"its positions are of the kind {kind!r}, of which no positional circuit is known"
+
+
+def _unfoldable(space: TokenSpace) -> dict[str, str]:
+    """By table that is there, why the gain to fold into it is not."""
+    reasons: dict[str, str] = {}
+    for gain, norm, kind, tables in (
+        ("final_gain", "in front of the unembedding", space.final_norm, ("unembedding",)),
+        ("embedding_gain", "behind the embedding", space.embedding_norm, _STREAM_TABLES),
+    ):
+        if gain in space.missing and kind != "unknown":
+            why = f"{space.missing[gain]}, the gain of the norm {norm} to fold with fold_norm=True"
+            reasons |= {table: why for table in tables if table not in space.missing}
+    return reasons
 
 
 def _one_each(read: RoleStack) -> torch.Tensor:

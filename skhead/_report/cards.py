@@ -17,6 +17,7 @@ from skhead._report.glossary import (
     figures,
     random_figures,
 )
+from skhead._report.operations import LARGEST_Q, LEAST_LIFT
 from skhead._report.partners import Link, Links, find_links, strongest_partners
 from skhead._report.roles import head_link, missing_words, plain
 from skhead._report.words import READS
@@ -130,6 +131,7 @@ class _Writer:
         composition = analysis.composition
         self.links: Links = find_links(analysis.kernel, composition, constant, _PARTNERS)
         self.partners = {} if composition is None else strongest_partners(composition)
+        self.operations = {} if analysis.operations is None else analysis.operations.said()
         self.lacking = "".join(
             f'<p class="lacking">{escape(text)}</p>'
             for text in missing_words(cards, analysis.info.source)
@@ -139,6 +141,7 @@ class _Writer:
         row = {str(name): value for name, value in self.analysis.table.loc[label].items()}
         held = self.cards.verdicts[label]
         words = [plain(rule, label, self.partners) for rule in held]
+        words += [said.words for said in self.operations.get(label, [])]
         name = row.get("class", "None")
         chip = "" if name == "None" else f'<span class="chip">{escape(str(name))}</span>'
         text = escape(label)
@@ -162,6 +165,12 @@ class _Writer:
             )
             words = escape(plain(rule, label, self.partners))
             items.append(f'<li>{words} <span class="note">{escape(told)}</span></li>')
+        items += [
+            f'<li>{escape(said.words)} <span class="note">score {_figure(said.score)}, lift '
+            f"{_figure(said.lift)} (at least {LEAST_LIFT}), q {_rate(said.q)} (at most {LARGEST_Q})"
+            "</span></li>"
+            for said in self.operations.get(label, [])
+        ]
         if not items:
             return '<p class="said">No score reaches the threshold of any plain word.</p>'
         return f'<ul class="said">{"".join(items)}</ul>'
@@ -272,6 +281,13 @@ def _table(name: str, title: str, columns: Sequence[str], rows: Sequence[str]) -
         f'<div><h4>{title}</h4><table id="{name}"><thead><tr><td></td>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
+
+
+def _rate(value: float) -> str:
+    """A false discovery rate, however small; one that underflows is told as a bound."""
+    if value == 0:
+        return "< 1e−300".replace("<", "&lt;")
+    return f"{value:.0e}".replace("e-", "e−") if value < 1e-4 else f"{value:.4f}"
 
 
 def _figure(value: float) -> str:

@@ -144,8 +144,10 @@ def _tick(value: float) -> str:
     return f"{value:.6g}".replace("-", "−")
 
 
-def layer_map(table: pd.DataFrame, column: str, scale: Scale, title: str, note: str) -> str:
-    """Heat map of one number per head: layers down, heads across."""
+def layer_map(
+    table: pd.DataFrame, column: str, scale: Scale, title: str, note: str, *, readout: bool = True
+) -> str:
+    """Heat map of one number per head: layers down, heads across; values told on pointing."""
     layers = sorted(table["layer"].unique())
     width = int(table["head"].max()) + 1
     grid = np.full((len(layers), width), np.nan)
@@ -157,7 +159,8 @@ def layer_map(table: pd.DataFrame, column: str, scale: Scale, title: str, note: 
     ticks = _every([str(layer) for layer in layers], cell)
     across = _every([str(head) for head in range(width)], cell)
     picture_svg = _framed(grid, scale, cell, cell, ticks, across, f"{title}: {note}")
-    return _figure(picture_svg, title, note, grid, names.ravel().tolist(), None)
+    told = names.ravel().tolist() if readout else []
+    return _figure(picture_svg, title, note, grid, told, None)
 
 
 def heat_map(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from skhead._report.chance import CONSTANT, Verdict, hold_against_nulls
 from skhead._report.labels import HeadClasses, find_classes
+from skhead._report.operations import HeadOperations, operation_mapper, score_operations
 from skhead._report.scores import HeadScores, score_heads
 from skhead._report.tokens import Nearest, nearest_tokens
 from skhead._report.verdicts import Rule, called, rules_for
@@ -56,6 +57,8 @@ class Options:
     cards: bool = True
     max_memory: int | str = "1GiB"
     device: str | None = None
+    operations: Any = None
+    tokenizer: Any = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,8 @@ class Analysis:
         end in its name, NaN where it says nothing), and their composition scores if computed.
     cards : Cards or None
         If asked for.
+    operations : HeadOperations or None
+        If asked for.
     """
 
     info: SourceInfo
@@ -128,6 +133,7 @@ class Analysis:
     table: pd.DataFrame
     edges: pd.DataFrame
     cards: Cards | None
+    operations: HeadOperations | None
 
     @property
     def carded(self) -> frozenset[str]:
@@ -169,6 +175,10 @@ def analyse(
         "center": options.center,
         "device": options.device,
     }
+    mapper = None
+    if options.operations is not None:
+        own_way = processing | {"max_memory": options.max_memory}
+        mapper = operation_mapper(options.operations, options.tokenizer, info, own_way)
     stage(f"extracting the subspaces of {len(everything)} heads")
     subspaces = SubspaceExtractor(**processing).fit_transform(everything)
     kept, scope = _compared(subspaces, info)
@@ -176,6 +186,10 @@ def analyse(
     heads = everything.iloc[kept]
     rows, columns = _sides(heads, scope)
     classes = find_classes(options.labels, heads, info)
+    operations = None
+    if mapper is not None:
+        stage("scoring the operations on tokens")
+        operations = score_operations(heads, *mapper)
     pairs = ("OQ", "OK", "OV") if info.part != "cross" else ("OQ",)
     shared: dict[str, Any] = {
         "pairs": pairs,
@@ -210,10 +224,10 @@ def analyse(
     cards = None
     if scores is not None:
         stage("reading the tokens nearest to what heads write")
-        cards = _cards(heads, scores, edges, info, processing)
+        cards = _cards(heads, scores, edges, info, processing, operations)
     return Analysis(
         info, options, len(everything), heads, scope, classes, subspaces, kernel, composition,
-        verdicts, table, edges, cards,
+        verdicts, table, edges, cards, operations,
     )  # fmt: skip
 
 
@@ -223,6 +237,7 @@ def _cards(
     edges: pd.DataFrame,
     info: SourceInfo,
     processing: dict[str, Any],
+    operations: HeadOperations | None,
 ) -> Cards:
     """Judge every head, and choose those that get a card."""
     composition = "k_composition_in_max" in scores.table
@@ -238,6 +253,8 @@ def _cards(
             first = rule.conditions[0]
             towards = scores.table[first.score] * (1 if first.threshold > 0 else -1)
             wanted |= set(towards.nlargest(_BEST).index)
+        if operations is not None:
+            wanted |= set(operations.said())
     labels = tuple(str(label) for label in heads.index if label in wanted)
     tokens = nearest_tokens(heads.loc[list(labels)], processing)
     return Cards(scores, rules, called(scores.table, rules), labels, tokens)

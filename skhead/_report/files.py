@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from skhead._report.data import Analysis, named_after_null
 from skhead._report.page import Download
@@ -41,7 +42,10 @@ def write_files(analysis: Analysis, numbers: Mapping[str, Any], directory: Path)
     null = analysis.options.null
     columns = [*_EDGE_COLUMNS, *(f"{name}_{null}" for name in _JUDGED)]
     edges = analysis.edges[columns].to_csv(index=False).encode()
-    heads = analysis.table.rename_axis("label").to_csv().encode()
+    table = analysis.table
+    if analysis.operations is not None:
+        table = pd.concat([table, analysis.operations.columns()], axis=1)
+    heads = table.rename_axis("label").to_csv().encode()
     summary = json.dumps(numbers, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     downloads = [
         Download("edges.csv", "the pairs drawn in the diagram", "text/csv", edges),

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 import skhead
 from skhead._report.chance import CONSTANT, FDR
 from skhead._report.data import Analysis, Cards, expected_of, scores_of
+from skhead._report.operations import operation_numbers
 from skhead.calibration import informativeness
 from skhead.containers import Similarity
 from skhead.inspection._distribution import reference_law
@@ -36,7 +37,7 @@ def summarize(analysis: Analysis) -> dict[str, Any]:
     dict
         Ready for JSON: strings, finite floats, ints, bools, None, lists and dicts.
     """
-    composition = analysis.composition
+    composition, operations = analysis.composition, analysis.operations
     return {
         "versions": {"skhead": skhead.__version__, "torch": torch.__version__},
         "source": _source(analysis),
@@ -54,6 +55,7 @@ def summarize(analysis: Analysis) -> dict[str, Any]:
         "hubs": _hubs(analysis),
         "within_head": _within_head(analysis),
         "cards": None if analysis.cards is None else _cards(analysis.cards),
+        "operations": None if operations is None else operation_numbers(operations),
         "top_pairs": [
             {str(name): _plain(value) for name, value in edge.items()}
             for edge in analysis.edges.to_dict("records")

@@ -14,6 +14,7 @@ from skhead._report.cards import head_cards
 from skhead._report.data import Analysis
 from skhead._report.diagram import class_colours, wiring_diagram
 from skhead._report.figures import composition, distributions, layer_maps, matrices
+from skhead._report.operation_section import operations
 from skhead._report.questions import chance
 from skhead._report.roles import roles
 from skhead._report.tables import edge_table, hub_table
@@ -79,6 +80,9 @@ def render(analysis: Analysis, numbers: Mapping[str, Any], downloads: Sequence[D
                 composition(analysis, analysis.composition, numbers),
             )
         )
+    if analysis.operations is not None:
+        drawn = operations(analysis, analysis.operations, numbers)
+        sections.insert(3, ("operations", "Operations on tokens", drawn))
     if analysis.cards is not None:
         sections.insert(3, ("roles", "What single heads do", roles(analysis, analysis.cards)))
         drawn = head_cards(analysis, analysis.cards, numbers)

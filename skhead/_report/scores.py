@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from skhead._base import default_device, parse_bytes
-from skhead._circuits.models import score_model
 from skhead._circuits.scores import GROUPS
-from skhead._circuits.surroundings import Reading
 from skhead.circuits import CircuitScorer
 from skhead.weights.tokens import read_token_space
 
@@ -78,14 +74,11 @@ def score_heads(
     names = [name for group in groups for name in GROUPS[group]]
     left_out = _left_out(names, across, str(heads["source"].iloc[0]))
     asked = [name for name in names if name not in left_out]
-    given = CircuitScorer(**processing).get_params()
-    if given["device"] is None:
-        given["device"] = default_device()
-    reading = Reading(**{field.name: given[field.name] for field in fields(Reading)})
-    scored = score_model(heads, asked, reading, parse_bytes(max_memory, "report"), "report")
-    absent = np.full(len(heads), np.nan)
-    columns = {name: scored.scores.get(name, absent) for name in names}
-    return HeadScores(pd.DataFrame(columns, index=heads.index), {**scored.missing, **left_out})
+    scorer = CircuitScorer(asked, errors="ignore", max_memory=max_memory, **processing)
+    table = scorer.set_output(transform="pandas").fit_transform(heads)
+    missing = scorer.missing_scores(heads) if table.isna().any(axis=None) else pd.DataFrame()
+    reasons = {} if missing.empty else dict(zip(missing["score"], missing["reason"], strict=True))
+    return HeadScores(table.reindex(columns=names), reasons | left_out)
 
 
 def _left_out(names: Sequence[str], across: bool, source: str) -> dict[str, str]:

@@ -51,6 +51,13 @@
     });
   }
 
+  const openOperation = () => {
+    const part = document.getElementById(location.hash.slice(1));
+    if (part && part.matches("details.operation")) part.open = true;
+  };
+  addEventListener("hashchange", openOperation);
+  openOperation();
+
   const cards = all("details.card");
   const openCard = () => {
     let name = location.hash.slice(1);

@@ -12,9 +12,11 @@ from skhead._report.roles import head_link
 __all__ = [
     "composition_tables",
     "edge_table",
+    "head_cell",
     "hub_table",
     "kind_cell",
     "number_cell",
+    "rate_cell",
     "table",
     "text_cell",
 ]
@@ -33,7 +35,7 @@ def hub_table(analysis: Analysis, numbers: Mapping[str, Any]) -> str:
     fit = _decimals(numbers["projection_kernel"][pair]["max"] for pair in pairs)
     rows = []
     for hub in numbers["hubs"]:
-        cells = [_head_cell(hub["label"], analysis)]
+        cells = [head_cell(hub["label"], analysis)]
         if analysis.classes is not None:
             cells.append(text_cell("–" if hub["class"] == "None" else hub["class"]))
         cells += [number_cell(hub[name], 0) for name in ("degree", "out_degree", "in_degree")]
@@ -70,8 +72,8 @@ def edge_table(analysis: Analysis) -> str:
         cells = [
             f'<td class="pair-{edge["pair"]}"><span class="dot"></span>{edge["pair"]}</td>',
             number_cell(edge["rank"], 0),
-            _head_cell(edge["source"], analysis),
-            _head_cell(edge["target"], analysis),
+            head_cell(edge["source"], analysis),
+            head_cell(edge["target"], analysis),
             number_cell(edge["score"], fit),
             number_cell(edge["expected"], fit),
             number_cell(edge["ratio"], 2),
@@ -80,7 +82,7 @@ def edge_table(analysis: Analysis) -> str:
             cells += [
                 number_cell(edge[f"ratio_{null}"], 2),
                 number_cell(edge[f"z_{null}"], 1),
-                _rate(edge[f"q_{null}"]),
+                rate_cell(edge[f"q_{null}"]),
             ]
         if composition is not None:
             cells.append(number_cell(edge["composition"], 4))
@@ -138,7 +140,7 @@ def composition_tables(analysis: Analysis, numbers: Mapping[str, Any]) -> str:
         best += [
             [
                 kind_cell(pair), number_cell(edge["rank"], 0),
-                _head_cell(edge["source"], analysis), _head_cell(edge["target"], analysis),
+                head_cell(edge["source"], analysis), head_cell(edge["target"], analysis),
                 number_cell(edge["score"], 4), number_cell(edge["score"] / found["chance"], 2),
             ]
             for edge in found["top_pairs"]
@@ -175,7 +177,7 @@ def text_cell(text: str) -> str:
     return f"<td>{escape(text)}</td>"
 
 
-def _head_cell(label: str, analysis: Analysis) -> str:
+def head_cell(label: str, analysis: Analysis) -> str:
     """A cell with a head, linked to its card."""
     return f"<td>{head_link(label, analysis.carded)}</td>"
 
@@ -190,7 +192,7 @@ def _decimals(values: Iterable[float]) -> int:
     return max(0, 4 - len(f"{largest:.0f}"))
 
 
-def _rate(value: float) -> str:
+def rate_cell(value: float) -> str:
     """A cell with a false discovery rate, however small; one that underflows is told as a bound."""
     if value == 0:
         return '<td class="n" data-v="0">&lt; 1e−300</td>'

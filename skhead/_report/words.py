@@ -7,6 +7,7 @@ from typing import Any
 
 from skhead._report.charts import number
 from skhead._report.data import Analysis
+from skhead._report.operations import operation_words
 from skhead._report.roles import roles_words
 
 __all__ = ["READS", "composition_words", "notes", "summary_words"]
@@ -31,6 +32,8 @@ def summary_words(analysis: Analysis, numbers: Numbers) -> list[str]:
         paragraphs.append(_within_head(numbers["within_head"]))
     if analysis.cards is not None:
         paragraphs.append(roles_words(analysis.cards))
+    if analysis.operations is not None:
+        paragraphs.append(operation_words(analysis.operations))
     paragraphs.append(
         "All of this is read from weights. It shows which heads could pass information to each "
         "other, not whether they do so on any text."

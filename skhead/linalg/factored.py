@@ -20,6 +20,8 @@ __all__ = [
     "spectrum_summaries",
 ]
 
+#: Bytes of float64 copies of heads that are made at once.
+_SCRATCH = 2**27
 #: Norm of a map, relative to those of its sides, below which it is formed in float64.
 _CANCELLING = 1e-2
 #: Relative norm that float64 cannot tell from zero.
@@ -131,8 +133,12 @@ def product_norms(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     -------
     Tensor of shape (n_heads,), float64
     """
-    a, b = left.double(), right.double()
-    return ((a.mT @ a) * (b.mT @ b)).sum((-2, -1)).clamp_min(0).sqrt()
+    step = max(_SCRATCH // (2 * 8 * left.shape[1] * left.shape[2]), 1)
+    parts = []
+    for a, b in zip(left.split(step), right.split(step), strict=True):
+        a, b = a.double(), b.double()
+        parts.append(((a.mT @ a) * (b.mT @ b)).sum((-2, -1)).clamp_min(0).sqrt())
+    return torch.cat(parts)
 
 
 def signed_identity(w_v: torch.Tensor, w_o: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ residual coordinates, ``(n_heads, d_model, d_head)``, so `w_o` is W_O transposed
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from skhead.linalg.topk import largest_entries
 
 __all__ = [
     "HeadMaps",
+    "StreamedMaps",
     "best_paths",
     "erasure_statistics",
     "head_maps",
@@ -33,8 +35,79 @@ _SCRATCH = 2**27
 _UNUSED = 1e-10
 
 
+@dataclass(frozen=True)
+class StreamedMaps:
+    """OV maps whose W_V is in memory, and whose W_O is read some heads at a time.
+
+    Attributes
+    ----------
+    w_v : Tensor of shape (n_heads, d_model, d_head)
+    outputs : callable
+        Takes one of `groups`, returns W_O transposed of its heads.
+    groups : sequence of ndarray of int64
+        Heads whose W_O is read at once; every head is in one of them.
+    norms : Tensor of shape (n_heads,), float64
+        Frobenius norms of the maps.
+    roots : Tensor of shape (n_heads, d_head, d_head)
+        From `skhead.linalg.factored.gram_roots`, of W_O.
+    """
+
+    w_v: torch.Tensor
+    outputs: Callable[[NDArray[np.int64]], torch.Tensor]
+    groups: Sequence[NDArray[np.int64]]
+    norms: torch.Tensor
+    roots: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        w_v: torch.Tensor,
+        outputs: Callable[[NDArray[np.int64]], torch.Tensor],
+        groups: Sequence[NDArray[np.int64]],
+    ) -> StreamedMaps:
+        """Read every W_O once for what is kept of it.
+
+        Parameters
+        ----------
+        w_v, outputs, groups
+            The attributes of these names.
+        """
+        n_heads, _, d_head = w_v.shape
+        norms = w_v.new_empty(n_heads, dtype=torch.float64)
+        roots = w_v.new_empty(n_heads, d_head, d_head)
+        for rows in groups:
+            at, w_o = torch.as_tensor(rows, device=w_v.device), outputs(rows)
+            norms[at], roots[at] = product_norms(w_v[at], w_o), gram_roots(w_o)
+        return cls(w_v, outputs, groups, norms, roots)
+
+    def links(self, before: NDArray[np.int64], after: NDArray[np.int64]) -> torch.Tensor:
+        """``W_O W_V`` of heads that follow each other, one for each place.
+
+        Parameters
+        ----------
+        before, after : ndarray of shape (n_links,)
+
+        Returns
+        -------
+        Tensor of shape (n_links, d_head, d_head), float64
+        """
+        d_head = self.w_v.shape[2]
+        found = self.w_v.new_empty(len(before), d_head, d_head, dtype=torch.float64)
+        for rows in self.groups:
+            places = np.flatnonzero(np.isin(before, rows))
+            if not places.size:
+                continue
+            w_o, place_of = self.outputs(rows), {int(row): i for i, row in enumerate(rows)}
+            for part in _chunks(len(places), 3 * 8 * self.w_v[0].numel()):
+                chosen = places[part]
+                left = w_o[[place_of[int(head)] for head in before[chosen]]].double()
+                at = torch.as_tensor(chosen, device=found.device)
+                found[at] = left.mT @ self.w_v[after[chosen]].double()
+        return found
+
+
 def best_paths(
-    w_v: torch.Tensor, w_o: torch.Tensor, allowed: NDArray[np.bool_], length: int, beam: int
+    maps: StreamedMaps, allowed: NDArray[np.bool_], length: int, beam: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """The paths of heads whose OV maps compose most strongly.
 
@@ -43,7 +116,7 @@ def best_paths(
 
     Parameters
     ----------
-    w_v, w_o : Tensor of shape (n_heads, d_model, d_head)
+    maps : StreamedMaps
     allowed : ndarray of shape (n_heads, n_heads)
         Whether the column head may follow the row head directly.
     length : int
@@ -57,24 +130,43 @@ def best_paths(
         Heads along each path, by falling score; at most `beam` paths, none through a head twice.
     scores : ndarray of shape (n_paths,), float64
     """
-    norms = product_norms(w_v, w_o).to(w_v.dtype)[:, None, None]
-    lefts, ends = gram_roots(w_v).mT / norms, gram_roots(w_o) / norms
+    w_v = maps.w_v
+    norms = maps.norms.to(w_v.dtype)[:, None, None]
+    lefts, ends = gram_roots(w_v).mT / norms, maps.roots / norms
     steps = np.arange(len(w_v), dtype=np.int64)[:, None]
     scores = np.ones(len(w_v))
     for _ in range(length - 1):
         extended = np.full((len(steps), len(w_v)), np.nan)
-        for last in np.unique(steps[:, -1]):
-            rows, following = np.flatnonzero(steps[:, -1] == last), np.flatnonzero(allowed[last])
-            if following.size:
-                links = w_o[last].mT @ w_v[following] @ ends[following]
-                extended[np.ix_(rows, following)] = _extension_norms(lefts[rows], links)
+        for group in maps.groups:
+            if np.isin(steps[:, -1], group).any():
+                _extend(extended, steps[:, -1], group, lefts, ends, maps, allowed)
         extended[np.arange(len(steps))[:, None], steps] = np.nan
         rows, columns = largest_entries(extended, beam)
-        links = w_o[steps[rows, -1]].mT @ w_v[columns]
+        links = maps.links(steps[rows, -1], columns).to(w_v.dtype)
         lefts = lefts[rows] @ links / norms[columns]
         steps = np.concatenate([steps[rows], columns[:, None]], axis=1)
         scores = extended[rows, columns]
     return steps, scores
+
+
+def _extend(
+    extended: NDArray[np.float64],
+    lasts: NDArray[np.int64],
+    group: NDArray[np.int64],
+    lefts: torch.Tensor,
+    ends: torch.Tensor,
+    maps: StreamedMaps,
+    allowed: NDArray[np.bool_],
+) -> None:
+    """Fill in the scores of the paths that end in a group, extended by every head."""
+    for last, w_o in zip(group, maps.outputs(group), strict=True):
+        rows, following = np.flatnonzero(lasts == last), np.flatnonzero(allowed[last])
+        if not rows.size:
+            continue
+        for part in _chunks(len(following), maps.w_v.element_size() * w_o.numel()):
+            some = following[part]
+            links = w_o.mT @ maps.w_v[some] @ ends[some]
+            extended[np.ix_(rows, some)] = _extension_norms(lefts[rows], links)
 
 
 def _extension_norms(lefts: torch.Tensor, links: torch.Tensor) -> NDArray[np.float64]:
@@ -90,12 +182,12 @@ def _extension_norms(lefts: torch.Tensor, links: torch.Tensor) -> NDArray[np.flo
     return norms
 
 
-def path_reads(w_v: torch.Tensor, w_o: torch.Tensor, steps: NDArray[np.int64]) -> torch.Tensor:
+def path_reads(maps: StreamedMaps, steps: NDArray[np.int64]) -> torch.Tensor:
     """What virtual heads read: ``W_V1 (W_O1 W_V2) ... (W_On-1 W_Vn)``; they write as the last does.
 
     Parameters
     ----------
-    w_v, w_o : Tensor of shape (n_heads, d_model, d_head)
+    maps : StreamedMaps
     steps : ndarray of shape (n_paths, length)
         Heads along each path.
 
@@ -103,10 +195,9 @@ def path_reads(w_v: torch.Tensor, w_o: torch.Tensor, steps: NDArray[np.int64]) -
     -------
     Tensor of shape (n_paths, d_model, d_head), float64
     """
-    along = torch.as_tensor(steps, device=w_v.device)
-    reads = w_v[along[:, 0]].double()
-    for before, after in zip(along.T[:-1], along.T[1:], strict=True):
-        reads = reads @ (w_o[before].double().mT @ w_v[after].double())
+    reads = maps.w_v[torch.as_tensor(steps[:, 0], device=maps.w_v.device)].double()
+    for before, after in zip(steps.T[:-1], steps.T[1:], strict=True):
+        reads = reads @ maps.links(before, after)
     return reads
 
 

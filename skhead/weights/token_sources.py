@@ -35,7 +35,7 @@ class TokenSources:
         What stands in front of the names in `tokens`.
     said_to_tie : bool
         The configuration, or the architecture's default, ties both ends.
-    embedding, unembedding, positions, final_gain : str or None
+    embedding, unembedding, positions, final_gain, embedding_gain : str or None
         Names of the tensors; None where there is none.
     tied : bool
         One tensor stands for both ends.
@@ -52,6 +52,7 @@ class TokenSources:
     unembedding: str | None = None
     positions: str | None = None
     final_gain: str | None = None
+    embedding_gain: str | None = None
     tied: bool = False
     missing: dict[str, str] = field(default_factory=dict)
 
@@ -108,6 +109,8 @@ def find_tokens(checkpoint: Checkpoint, part: str | None, compare: bool) -> Toke
         found.missing["unembedding"] = f"{tokens.no_unembedding} ({found.reader.label})"
     found.positions = _find_positions(found)
     found.final_gain = _find_final_gain(found)
+    if tokens.embedding_norm is not None:
+        found.embedding_gain = found.first("embedding_gain", [prefix + tokens.embedding_norm.gain])
     _settle_ties(found, compare)
     return found
 

@@ -108,7 +108,7 @@ class TableReader:
         """Turn rows of a table into what they put on the stream; the table may be overwritten."""
         norm = self.found.tokens.embedding_norm
         if self.fold_norm and norm is not None:
-            rows.mul_(self._embedding_gain(norm.gain, norm.kind))
+            rows.mul_(self._embedding_gain(norm.kind))
         if projection is not None:
             rows = rows @ self._projection(projection, (self.d_model, rows.shape[1])).T
         return self._centred(rows)
@@ -126,13 +126,12 @@ class TableReader:
     def _centred(self, rows: torch.Tensor) -> torch.Tensor:
         return rows.sub_(rows.mean(dim=1, keepdim=True)) if self.center else rows
 
-    def _embedding_gain(self, name: str, kind: NormKind) -> torch.Tensor:
-        name = self.found.prefix + name
-        if name not in self.found.reader.names():
+    def _embedding_gain(self, kind: NormKind) -> torch.Tensor:
+        name = self.found.embedding_gain
+        if name is None:
             raise CheckpointError(
-                f"fold_norm=True: there is no tensor {name!r} in {self.found.reader.label}, the "
-                "gain of the norm behind the embedding. Use fold_norm=False, or a checkpoint that "
-                "holds it."
+                f"fold_norm=True: {self.found.missing['embedding_gain']}, the gain of the norm "
+                "behind the embedding. Use fold_norm=False, or a checkpoint that holds it."
             )
         gain = self._vector(name, self.d_model)
         return 1.0 + gain if kind == "rmsnorm+1" else gain

@@ -52,7 +52,7 @@ class TokenSpace:
         The stored unembedding is the stored embedding.
     missing : mapping of str to str
         What is not there (``"embedding"``, ``"unembedding"``, ``"positions"``, ``"final_gain"``,
-        ``"rotary"``), each with a sentence that says why.
+        ``"embedding_gain"``, ``"rotary"``), each with a sentence that says why.
     embedding_norm : {"layernorm", "rmsnorm", "rmsnorm+1", "none"}
         A norm between the sum of token and position and the first layer (Bloom, BERT). Its gain is
         in `embedding` and `positions` only if they were read with ``fold_norm=True``.

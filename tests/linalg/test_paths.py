@@ -10,6 +10,7 @@ import torch
 
 import skhead.linalg.paths as paths
 from skhead.linalg.paths import (
+    StreamedMaps,
     best_paths,
     erasure_statistics,
     head_maps,
@@ -27,6 +28,13 @@ def stacks(n_heads, seed=0, count=2, d_model=D_MODEL, d_head=D_HEAD):
         torch.randn(n_heads, d_model, d_head, generator=generator, dtype=torch.float64)
         for _ in range(count)
     ]
+
+
+def streamed(w_v, w_o, size=4):
+    """The maps with W_O some heads at a time, in no particular order."""
+    order = np.random.default_rng(0).permutation(len(w_v))
+    groups = np.array_split(order, -(-len(order) // size))
+    return StreamedMaps.of(w_v, lambda rows: w_o[rows], groups)
 
 
 def rotation(d_model, seed=0):
@@ -50,7 +58,7 @@ def dense_score(w_v, w_o, path):
 def test_best_paths_equal_products_of_whole_maps(length):
     w_v, w_o = stacks(9)
     allowed = forward_order(3, 3)
-    steps, scores = best_paths(w_v, w_o, allowed, length, beam=1000)
+    steps, scores = best_paths(streamed(w_v, w_o), allowed, length, beam=1000)
     expected = {
         path: dense_score(w_v, w_o, path)
         for path in itertools.permutations(range(9), length)
@@ -64,31 +72,31 @@ def test_best_paths_equal_products_of_whole_maps(length):
 def test_a_narrow_beam_extends_the_best_prefixes():
     w_v, w_o = stacks(9)
     allowed = forward_order(3, 3)
-    prefixes, _ = best_paths(w_v, w_o, allowed, 2, beam=4)
-    steps, scores = best_paths(w_v, w_o, allowed, 3, beam=4)
+    prefixes, _ = best_paths(streamed(w_v, w_o), allowed, 2, beam=4)
+    steps, scores = best_paths(streamed(w_v, w_o), allowed, 3, beam=4)
     assert {tuple(path[:2]) for path in steps.tolist()} <= {tuple(p) for p in prefixes.tolist()}
     np.testing.assert_allclose(scores, [dense_score(w_v, w_o, p) for p in steps], rtol=1e-10)
 
 
 def test_no_path_visits_a_head_twice():
     w_v, w_o = stacks(4)
-    steps, _ = best_paths(w_v, w_o, np.ones((4, 4), dtype=bool), 3, beam=1000)
+    steps, _ = best_paths(streamed(w_v, w_o), np.ones((4, 4), dtype=bool), 3, beam=1000)
     assert len(steps) == 4 * 3 * 2
     assert all(len(set(path)) == 3 for path in steps.tolist())
 
 
 def test_random_paths_score_as_stated():
     w_v, w_o = stacks(60, d_model=40)
-    _, scores = best_paths(w_v, w_o, ~np.eye(60, dtype=bool), 2, beam=10**6)
+    _, scores = best_paths(streamed(w_v, w_o), ~np.eye(60, dtype=bool), 2, beam=10**6)
     assert np.mean(scores**2) * 40 == pytest.approx(1, rel=0.01)
-    _, scores = best_paths(w_v[:40], w_o[:40], ~np.eye(40, dtype=bool), 3, beam=10**6)
+    _, scores = best_paths(streamed(w_v[:40], w_o[:40]), ~np.eye(40, dtype=bool), 3, beam=10**6)
     assert np.mean(scores**2) * 40**2 == pytest.approx(1, rel=0.05)
 
 
 def test_path_reads_are_products_of_maps():
     w_v, w_o = stacks(4)
     steps = np.array([[0, 1, 3], [2, 0, 1]])
-    reads = path_reads(w_v, w_o, steps)
+    reads = path_reads(streamed(w_v, w_o), steps)
     for path, read in zip(steps, reads, strict=True):
         maps = [w_v[h] @ w_o[h].T for h in path]
         torch.testing.assert_close(read @ w_o[path[-1]].T, torch.linalg.multi_dot(maps))
@@ -205,7 +213,7 @@ def test_small_scratch_changes_nothing(monkeypatch):
 
     def everything():
         maps = head_maps(w_v, w_o)
-        steps, scores = best_paths(w_v, w_o, allowed, 3, 50)
+        steps, scores = best_paths(streamed(w_v, w_o), allowed, 3, 50)
         found = [*induction_statistics(maps, w_q, w_k, gram), *erasure_statistics(maps, maps)]
         return [torch.from_numpy(steps), torch.from_numpy(scores), maps.cores, *found]
 

@@ -6,8 +6,9 @@ from html import unescape
 import numpy as np
 import pandas as pd
 import pytest
+from architectures import ZOO, fresh_model
 from pages import Tables, summary_of, words_of
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import skhead
 from skhead._report.glossary import COMPOSITION, MAPS, PLACES, figures
@@ -228,6 +229,21 @@ def test_gpt2_cards_say_what_is_missing(gpt2_page, gpt2_path):
     }  # fmt: skip
     links, names = links_and_names(gpt2_page)
     assert links <= set(names)
+
+
+def test_a_gain_that_cannot_be_folded_is_told(tmp_path):
+    fresh_model(ZOO["llama"]).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    save_file(tensors, file)
+    page = write_report(tmp_path, tmp_path / "report", fold_norm=True)
+    card = plain_text(cards_of(page)["L1H0"])
+    assert "Cannot be told here: copying of tokens" in card
+    assert "there is no tensor 'model.norm.weight' in" in card
+    assert "Tokens nearest to what it writes are not told: fold_norm=True" in card
+    missing = summary_of(page)["cards"]["missing"]
+    assert set(missing) == {"ov_copying", "ov_diagonal", "ov_top1_self", "induction_strength"}
 
 
 def test_cards_can_be_left_out(tmp_path):
