@@ -34,7 +34,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_sco
 from sklearn.pipeline import Pipeline
 
 import skhead
-from skhead.metrics import MacroAveragePrecision, baseline_scores
+from skhead.metrics import MacroAveragePrecision, baseline_scores, cross_val_classes
 
 SAME_ROLE = ("QQ", "KK", "VV", "OO")
 READING = ("QQ", "KK", "QK", "KQ")
@@ -115,14 +115,8 @@ def nested(heads, y, scorer, seeds, n_jobs, memory):
 
 def candidates(heads, y, k=3):
     """The unclassed heads most like each class, by models that have not seen them."""
-    found = []
-    for train, test in StratifiedKFold(5, shuffle=True, random_state=0).split(heads, y):
-        model = make_pipeline().fit(heads.iloc[train], y.iloc[train])
-        table = pd.DataFrame(
-            model.predict_proba(heads.iloc[test]), heads.index[test], model.classes_
-        )
-        found.append(table)
-    confidence = pd.concat(found).reindex(heads.index)
+    folds = StratifiedKFold(5, shuffle=True, random_state=0)
+    confidence = cross_val_classes(make_pipeline(), heads, y, cv=folds)
     unclassed = confidence[y == "None"].drop(columns="None")
     return {name: unclassed[name].nlargest(k) for name in unclassed.columns}
 

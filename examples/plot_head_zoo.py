@@ -18,12 +18,17 @@ and names the previous-token and induction heads of the others from their weight
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from sklearn.model_selection import GroupKFold, LeaveOneGroupOut, cross_val_predict
+from sklearn.model_selection import GroupKFold, LeaveOneGroupOut
 from sklearn.pipeline import make_pipeline
 
 import skhead
 from skhead.inspection import HeadClassDisplay
-from skhead.metrics import MacroAveragePrecision, baseline_scores, class_average_precisions
+from skhead.metrics import (
+    MacroAveragePrecision,
+    baseline_scores,
+    class_average_precisions,
+    cross_val_classes,
+)
 
 zoo = skhead.datasets.load_head_zoo()
 heads, y = zoo.heads, zoo.target
@@ -46,8 +51,8 @@ model = make_pipeline(skhead.CircuitScorer(), skhead.HeadClassifier())
 
 
 def judge(cv, groups):
-    scores = cross_val_predict(model, heads, y, groups=groups, cv=cv, method="decision_function")
-    return HeadClassDisplay.from_predictions(y, scores, sorted(y.unique()))
+    scores = cross_val_classes(model, heads, y, groups=groups, cv=cv, method="decision_function")
+    return HeadClassDisplay.from_predictions(y, scores, scores.columns.tolist())
 
 
 display = judge(GroupKFold(4), heads["source"])

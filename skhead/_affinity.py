@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,8 @@ __all__ = ["LEAST", "ClassAffinity"]
 
 #: Heads that a class needs, so that each has another to be compared with.
 LEAST = 2
+#: Share of undefined affinities beyond which there is a warning.
+_UNDEFINED_SHARE = 0.1
 
 
 class ClassAffinity(TransformerMixin, BaseEstimator):
@@ -195,6 +198,7 @@ class ClassAffinity(TransformerMixin, BaseEstimator):
         self._reference, self._record, self._unit = X.columns, dict(X.record), X.unit
         self._training = replace(X, row_subspaces=None, column_subspaces=None)
         found = self._raw(X)
+        self._warn_of_undefined(found, name)
         mean = np.nanmean(np.where(np.isnan(found).all(axis=0), 0.0, found), axis=0)
         self._undefined = mean
         columns_of = pd.MultiIndex.from_product(
@@ -212,6 +216,29 @@ class ClassAffinity(TransformerMixin, BaseEstimator):
     def _affinities(self, X: Similarity) -> NDArray[np.float64]:
         found = self._raw(X)
         return np.where(np.isnan(found), self._undefined, found)
+
+    def _warn_of_undefined(self, found: NDArray[np.float64], name: str) -> None:
+        share = float(np.isnan(found).mean()) if found.size else 0.0
+        if share > _UNDEFINED_SHARE:
+            warnings.warn(
+                f"{name}: {share:.0%} of the affinities of the training heads are undefined, and "
+                "tell nothing of their heads. A kernel with layer_order='forward' compares a head "
+                "with later layers only: use layer_order='all', and pairs of one role (QQ, KK, VV, "
+                "OO)",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def _warn_of_strangers(self, X: Similarity, name: str) -> None:
+        strange = [s for s in X.rows["source"].unique() if s not in set(self._reference["source"])]
+        if strange and (X.rows["layer"] >= 0).all() and X.unit != "spectrum":
+            warnings.warn(
+                f"{name}: {strange[0]} is not among the models of the training heads. Directions "
+                "of two models have nothing in common unless one was trained from the other; "
+                "across models, use features without a basis (CircuitScorer)",
+                UserWarning,
+                stacklevel=4,
+            )
 
     def _compared(self, given: Any, name: str) -> Similarity:
         """The similarity of heads to the training heads, or why it is none."""
@@ -238,6 +265,7 @@ class ClassAffinity(TransformerMixin, BaseEstimator):
                     f"{name}: was fitted on similarities of {what} {fitted!r}, and these have "
                     f"{found!r}; use the same steps for both"
                 )
+        self._warn_of_strangers(X, name)
         return X
 
     def _output(self, values: NDArray[np.float64], index: pd.Index) -> Any:

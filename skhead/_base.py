@@ -150,6 +150,16 @@ def open_door(X: Any, caller: str) -> HeadInput:
     """
     if isinstance(X, pd.DataFrame):
         return HeadInput(check_heads(X, caller), None)
+    if isinstance(X, pd.Series):
+        raise HeadShapeError(
+            f"{caller}: expected a heads table, got a Series, which one row of a table is; keep "
+            f"the table with two pairs of brackets, heads.loc[[{X.name!r}]]"
+        )
+    if isinstance(X, str):
+        raise HeadShapeError(
+            f"{caller}: expected a heads table, got the text {X!r}; list the heads of a model by "
+            f"load_heads({X!r})"
+        )
     stack = _as_tensor(X, caller)
     eps = torch.finfo(stack.dtype).eps
     stack = stack.to(torch.promote_types(stack.dtype, torch.float32))

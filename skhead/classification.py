@@ -91,6 +91,12 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
     no two can be true, which is close to ``p_c`` for classes that are rare. Where they do not,
     ``P(c) = p_c / sum p``. `decision_function` gives the log-odds ``l_c``, 0 for the unclassed.
 
+    Classes of a few heads among many seldom are the most probable ones: rank heads rather than
+    count what `predict` names. Take out-of-fold probabilities from
+    `skhead.metrics.cross_val_classes`, as scikit-learn's ``cross_val_predict`` puts numbers in the
+    place of labels and so hides which heads are unclassed. Probabilities hold for heads like the
+    training heads, not for those of another kind of model.
+
     Examples
     --------
     >>> import skhead
@@ -322,8 +328,9 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         n_folds = min(_CROSS_FIT, int(wanted.sum()), int((~wanted).sum()))
         if n_folds < LEAST:
             raise ValueError(
-                f"{type(self).__name__}: class {name!r} must have {LEAST} heads at least, and as "
-                f"many must be outside it; got {int(wanted.sum())} of {len(wanted)}"
+                f"{type(self).__name__}: {int(wanted.sum())} of {len(wanted)} heads are of class "
+                f"{str(name)!r}; to tell it from the others, {LEAST} must be of it at least, and "
+                f"{LEAST} must not"
             )
         for seen, left_out in StratifiedKFold(n_folds).split(table, wanted):
             model = self._model().fit(table[seen], wanted[seen])

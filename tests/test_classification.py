@@ -423,3 +423,24 @@ def test_data_frames_between_the_steps_change_nothing(heads, y):
     assert frame.columns[0] == "QQ:L0H1"
     with pytest.raises(HeadShapeError, match="fitted on a Similarity, and this is a DataFrame"):
         steps[-1].predict(frame + 1.0)
+
+
+def test_heads_of_another_model_share_no_directions(heads, y):
+    kernel = skhead.ProjectionKernel(pairs=SAME_ROLE, layer_order="all").fit(heads)
+    model = HeadClassifier().fit(kernel.transform(heads), y)
+    with toy_heads(d_model=40, d_head=6, seed=9) as others:
+        similarity = kernel.transform(others)
+    with pytest.warns(UserWarning, match="HeadClassifier: toy-.* is not among the models of the"):
+        model.predict(similarity)
+
+
+def test_a_forward_kernel_leaves_much_undefined(heads, y):
+    similarity = skhead.ProjectionKernel().fit_transform(heads)
+    with pytest.warns(UserWarning, match=r"HeadClassifier: \d+% of the affinities .* undefined"):
+        HeadClassifier().fit(similarity, y)
+
+
+def test_too_few_heads_outside_a_class(similarity):
+    everybody = np.where(np.arange(48) == 5, "None", "Reader")
+    with pytest.raises(ValueError, match="47 of 48 heads are of class 'Reader'; to tell it from"):
+        HeadClassifier().fit(similarity, everybody)

@@ -274,3 +274,13 @@ def test_concatenated_tables_keep_their_heads_apart():
             .get_feature_names_out()
         )
         assert len(set(labels)) == 24
+
+
+def test_what_is_no_table_is_told_how_to_become_one():
+    heads = skhead.load_heads("skhead/induction-2l")
+    with pytest.raises(HeadShapeError, match=r"got a Series.*heads.loc\[\['L1H0'\]\]"):
+        SubspaceExtractor().fit(heads.loc["L1H0"])
+    with pytest.raises(
+        HeadShapeError, match=r"got the text 'skhead/induction-2l'; list .*load_heads"
+    ):
+        SubspaceExtractor().fit("skhead/induction-2l")

@@ -15,7 +15,12 @@ from sklearn.model_selection import (
 from sklearn.pipeline import make_pipeline
 
 import skhead
-from skhead.metrics import MacroAveragePrecision, baseline_scores, layer_permutation_score
+from skhead.metrics import (
+    MacroAveragePrecision,
+    baseline_scores,
+    cross_val_classes,
+    layer_permutation_score,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The least populated class"),
@@ -152,13 +157,24 @@ def test_a_kind_of_positions_that_was_not_seen(zoo):
 def test_candidates_of_one_label_set_are_in_the_other(gpt2, cache):
     """Unclassed heads that are most like induction heads, by models that have not seen them."""
     y, _ = labels("wang2022", gpt2)
-    found = pd.Series(0.0, gpt2.index)
-    for train, test in StratifiedKFold(5, shuffle=True, random_state=0).split(gpt2, y):
-        model = steps(cache).fit(gpt2.iloc[train], y.iloc[train])
-        column = model.classes_.tolist().index("Induction")
-        found.iloc[test] = model.predict_proba(gpt2.iloc[test])[:, column]
+    folds = StratifiedKFold(5, shuffle=True, random_state=0)
+    found = cross_val_classes(steps(cache), gpt2, y, cv=folds)["Induction"]
     best = found[y == "None"].nlargest(2)
     assert best.index.tolist() == ["L5H1", "L7H10"]
     np.testing.assert_allclose(best, [0.89, 0.14], atol=0.03)
     other = skhead.datasets.load_head_classes("yamagiwa2026", gpt2)
     assert (other[best.index] == "Induction").all()
+
+
+@pytest.mark.parametrize(("fold_norm", "called", "right"), [(False, 0, 0), (True, 6, 5)])
+def test_a_language_model_after_the_zoo(zoo, models_dir, fold_norm, called, right):
+    """What the guide says of stories260k: norms must be folded to find anything."""
+    source = str(models_dir / "stories260k")
+    found, _, y = zoo
+    scorer = skhead.CircuitScorer(fold_norm=fold_norm)
+    model = skhead.HeadClassifier().fit(scorer.fit_transform(found.heads), y)
+    heads = skhead.load_heads(source)
+    named = set(heads.index[model.predict(scorer.fit_transform(heads)) == "Previous Token"])
+    behaviour = skhead.label_heads(source)["label"]
+    shown = set(behaviour.index[behaviour == "Previous Token"])
+    assert (len(shown), len(named), len(named & shown)) == (8, called, right)

