@@ -18,6 +18,8 @@ _EXPORTS = {
     "OperationMapper": "skhead.operations",
     "ProcrustesSimilarity": "skhead.similarities",
     "ProjectionKernel": "skhead.kernels",
+    "QKPairs": "skhead.qk_pairs",
+    "QKPrompts": "skhead.qk_prompts",
     "SalientMappings": "skhead._salient",
     "SalientOperations": "skhead.salience",
     "Similarity": "skhead.containers",

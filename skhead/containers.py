@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import DTypeLike, NDArray
 
+from skhead._frozen import Frozen, row_positions
 from skhead.exceptions import HeadShapeError
 from skhead.linalg.topk import largest_entries
-from skhead.subspaces import Frozen, RoleBases, Subspaces, row_positions
+from skhead.subspaces import RoleBases, Subspaces
 from skhead.weights import head_labels
 
 if TYPE_CHECKING:
