@@ -15,17 +15,39 @@ from skhead.datasets._operations import (
     list_operations,
     load_operations,
 )
+from skhead.datasets._payload import (
+    PayloadRetrieval,
+    make_contrast_pairs,
+    make_payload_retrieval,
+)
+from skhead.datasets._payload_heads import (
+    PayloadHead,
+    list_payload_heads,
+    load_payload_card,
+    load_payload_head,
+    payload_head,
+)
+from skhead.datasets._payload_latents import PayloadEmbeddings
 from skhead.datasets._zoo import load_head_zoo
 
 __all__ = [
     "FilteredOperations",
+    "PayloadEmbeddings",
+    "PayloadHead",
+    "PayloadRetrieval",
     "bundled_path",
     "copying_operation",
     "filter_operations",
     "list_models",
     "list_operations",
+    "list_payload_heads",
     "load_head_classes",
     "load_head_zoo",
     "load_model_card",
     "load_operations",
+    "load_payload_card",
+    "load_payload_head",
+    "make_contrast_pairs",
+    "make_payload_retrieval",
+    "payload_head",
 ]
