@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from skhead._tokenizers import as_encoder
+from skhead._tokenizers import as_encoder, front_tokens
 from skhead.weights.running import token_batches
 
-__all__ = ["PLACEHOLDER", "Batch", "Prompt", "Prompter", "batches", "labelled_pairs"]
+__all__ = [
+    "PLACEHOLDER",
+    "Batch",
+    "Prompt",
+    "Prompter",
+    "batches",
+    "labelled_pairs",
+    "token_groups",
+]
 
 #: Where the source word stands in a template.
 PLACEHOLDER = "<X>"
@@ -66,7 +73,7 @@ class Prompter:
         self._caller = caller
         self._space = " " if leading_space else ""
         self._encode = None if tokenizer is None else as_encoder(tokenizer, caller)
-        self._front = self._front_tokens(tokenizer, bos_token)
+        self._front = tuple(front_tokens(tokenizer, bos_token, caller))
 
     def write(self, operation: Any, templates: Sequence[Any], name: str) -> list[Prompt]:
         """Every source of an operation in every template, template by template.
@@ -199,24 +206,6 @@ class Prompter:
             )
         return [int(value) for value in listed]
 
-    def _front_tokens(self, tokenizer: Any, bos_token: Any) -> tuple[int, ...]:
-        if bos_token is None:
-            return ()
-        if _is_id(bos_token):
-            return (int(bos_token),)
-        if bos_token != "auto":
-            raise TypeError(
-                f'{self._caller}: bos_token must be a token id, "auto" or None, got {bos_token!r}'
-            )
-        path = isinstance(tokenizer, str | Path)
-        if path or not hasattr(tokenizer, "encode") or self._encode is None:
-            return ()
-        plain = self._encode("a")
-        found = tokenizer.encode("a")
-        whole = list(getattr(found, "ids", found))
-        starts = [i for i in range(len(whole)) if whole[i : i + len(plain)] == plain]
-        return tuple(whole[: starts[0]]) if starts else ()
-
 
 def labelled_pairs(operation: Any, caller: str) -> dict[str, Any]:
     """One operation under the name "operation", or several under their own."""
@@ -256,19 +245,43 @@ def batches(bridge: Any, prompts: Sequence[Prompt], caller: str, least: int = 1)
                 f"{caller}: target {prompt.target} is none of the model's tokens, 0 to "
                 f"{n_vocab - 1}; is the tokenizer that of the model?"
             )
-    lengths: dict[int, list[Prompt]] = {}
-    for prompt in prompts:
-        lengths.setdefault(len(prompt.tokens), []).append(prompt)
-    ordered = iter([prompt for group in lengths.values() for prompt in group])
-    for tokens in token_batches(bridge, [list(p.tokens) for p in prompts], caller, least=least):
-        group = [next(ordered) for _ in range(len(tokens))]
+    for tokens, places in token_groups(bridge, [p.tokens for p in prompts], caller, least):
+        group = [prompts[place] for place in places]
         yield Batch(
-            tokens.to(bridge.cfg.device),
+            tokens,
             *(
                 torch.tensor([getattr(p, field) for p in group], device=bridge.cfg.device)
                 for field in ("source", "target", "template")
             ),
         )
+
+
+def token_groups(
+    bridge: Any, sequences: Sequence[Sequence[int]], caller: str, least: int = 1
+) -> Iterator[tuple[torch.Tensor, list[int]]]:
+    """Sequences in batches of one length each that fit in memory, and where each was in the list.
+
+    Parameters
+    ----------
+    bridge : TransformerBridge
+    sequences : sequence of sequences of int
+        Token ids.
+    caller : str
+        The function to name in errors.
+    least : int, default=1
+        Number of tokens that a sequence must have.
+
+    Raises
+    ------
+    ValueError
+        If a sequence does not fit the model.
+    """
+    lengths: dict[int, list[int]] = {}
+    for place, sequence in enumerate(sequences):
+        lengths.setdefault(len(sequence), []).append(place)
+    ordered = iter([place for group in lengths.values() for place in group])
+    for tokens in token_batches(bridge, [list(ids) for ids in sequences], caller, least=least):
+        yield tokens.to(bridge.cfg.device), [next(ordered) for _ in range(len(tokens))]
 
 
 def _is_id(value: Any) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 
 from skhead.exceptions import SourceNotFoundError, UnsupportedLayoutError
 
-__all__ = ["as_encoder", "as_vocabulary", "tokenizer_size", "vocabulary_texts"]
+__all__ = ["as_encoder", "as_vocabulary", "front_tokens", "tokenizer_size", "vocabulary_texts"]
 
 Encoder = Callable[[str], list[int]]
 
@@ -89,6 +89,43 @@ def _checked(ids: Any, text: str, caller: str) -> list[int]:
             f"{ids!r}"
         )
     return [int(x) for x in listed]
+
+
+def front_tokens(tokenizer: Any, bos_token: Any, caller: str = "front_tokens") -> list[int]:
+    """Tokens that go in front of every prompt.
+
+    Parameters
+    ----------
+    tokenizer : tokenizer object, path, callable or None
+    bos_token : int, "auto" or None
+        "auto" takes those that a tokenizer object puts in front by itself, and none for a path or
+        a function.
+    caller : str, default="front_tokens"
+        Whom errors name.
+
+    Returns
+    -------
+    list of int
+
+    Raises
+    ------
+    TypeError
+        If `bos_token` is something else.
+    """
+    if bos_token is None:
+        return []
+    if isinstance(bos_token, int | np.integer) and not isinstance(bos_token, bool):
+        return [int(bos_token)]
+    if bos_token != "auto":
+        raise TypeError(
+            f'{caller}: bos_token must be a token id, "auto" or None, got {bos_token!r}'
+        )
+    if isinstance(tokenizer, str | Path) or not hasattr(tokenizer, "encode"):
+        return []
+    plain, found = as_encoder(tokenizer, caller)("a"), tokenizer.encode("a")
+    whole = list(getattr(found, "ids", found))
+    starts = [i for i in range(len(whole)) if whole[i : i + len(plain)] == plain]
+    return whole[: starts[0]] if starts else []
 
 
 def tokenizer_size(tokenizer: Any, caller: str = "tokenizer_size") -> int | None:

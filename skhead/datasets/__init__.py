@@ -6,6 +6,7 @@ Nothing here reads weights, and importing it imports no torch: bundled models ar
 
 from __future__ import annotations
 
+from skhead.datasets._binding_prompts import make_binding_prompts
 from skhead.datasets._bundled import bundled_path, list_models, load_model_card
 from skhead.datasets._head_classes import load_head_classes
 from skhead.datasets._operations import (
@@ -28,6 +29,8 @@ from skhead.datasets._payload_heads import (
     payload_head,
 )
 from skhead.datasets._payload_latents import PayloadEmbeddings
+from skhead.datasets._prompt_text import load_prompt_words
+from skhead.datasets._qk_prompts import make_category_prompts
 from skhead.datasets._zoo import load_head_zoo
 
 __all__ = [
@@ -47,6 +50,9 @@ __all__ = [
     "load_operations",
     "load_payload_card",
     "load_payload_head",
+    "load_prompt_words",
+    "make_binding_prompts",
+    "make_category_prompts",
     "make_contrast_pairs",
     "make_payload_retrieval",
     "payload_head",
