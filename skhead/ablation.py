@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
+from skhead._heads import Head, layer_sizes, named_heads
 from skhead._prompts import Batch, Prompter, batches, labelled_pairs
-from skhead.exceptions import HeadTableError, UnsupportedLayoutError
-from skhead.weights.running import attention_layers, evaluating, open_bridge
+from skhead.exceptions import UnsupportedLayoutError
+from skhead.weights.running import evaluating, open_bridge
 
 __all__ = ["ablate", "rank_heads"]
 
 _CALLER = "ablate"
-_LABEL = re.compile(r"L(\d+)H(\d+)")
 #: Heads that the published runs take at most: fewer heads in the model than this -> so many.
 _LIMITS = {300: 30, 500: 50, 1000: 100, 1500: 150}
 _MOST = 250
-
-Head = tuple[int, int]
 
 
 def rank_heads(scores: pd.Series, *, n: int | None = None) -> list[str]:
@@ -169,8 +166,8 @@ def ablate(
         for (kind, what), (own, asked) in measured.items()
     }
     bridge = open_bridge(model)
-    sizes = _layer_sizes(bridge)
-    order = _order(heads, sizes)
+    sizes = layer_sizes(bridge, _CALLER)
+    order = named_heads(heads, sizes, _CALLER)
     numbers = _numbers(counts, len(order))
     if isinstance(n_random, bool) or not isinstance(n_random, int | np.integer) or n_random < 0:
         raise ValueError(f"{_CALLER}: n_random must be an integer of at least 0, got {n_random!r}")
@@ -185,38 +182,6 @@ def ablate(
                     taken = [number for number in numbers if number <= len(others)]
                     rows += _curve(task, "random", what, draw, others, taken)
     return pd.DataFrame(rows)
-
-
-def _layer_sizes(bridge: Any) -> dict[int, int]:
-    """Number of heads by layer, in the order of the heads table."""
-    layers = attention_layers(bridge, _CALLER)
-    return {layer: int(bridge.blocks[layer].attn.W_O.shape[0]) for layer in layers}
-
-
-def _order(heads: Any, sizes: Mapping[int, int]) -> list[Head]:
-    if isinstance(heads, str) or not isinstance(heads, Iterable):
-        raise TypeError(
-            f"{_CALLER}: heads must be a list of labels such as 'L4H7', got {heads!r}; rank_heads "
-            "makes one from scores"
-        )
-    order: list[Head] = []
-    for given in heads:
-        if isinstance(given, str):
-            parts = _LABEL.fullmatch(given)
-            head = None if parts is None else (int(parts[1]), int(parts[2]))
-        else:
-            head = (int(given[0]), int(given[1]))
-        if head is None or not 0 <= head[1] < sizes.get(head[0], 0):
-            raise HeadTableError(
-                f"{_CALLER}: {given!r} is no head of the model; it has layers {min(sizes)} to "
-                f"{max(sizes)} with heads 0 to {max(sizes.values()) - 1}, named as 'L4H7'"
-            )
-        if head in order:
-            raise HeadTableError(f"{_CALLER}: head {given!r} is named twice; name it once")
-        order.append(head)
-    if not order:
-        raise ValueError(f"{_CALLER}: heads is empty; there is nothing to take out")
-    return order
 
 
 def _numbers(counts: Sequence[int] | None, n_heads: int) -> list[int]:

@@ -14,8 +14,10 @@ from skhead import (
     CircuitScorer,
     ClassAffinity,
     CompositionScore,
+    ContrastiveQKDecomposer,
     NullCalibrator,
     ProjectionKernel,
+    QKPairs,
     SalientOperations,
     SubspaceExtractor,
     SubspaceReadout,
@@ -147,6 +149,35 @@ class WideNullCalibrator(NullCalibrator):
 
     def __init__(self, output="ratio", d_model=10**7, rank=10**5):
         super().__init__(output=output, d_model=d_model, rank=rank)
+
+
+class LiftedContrastiveQKDecomposer(ContrastiveQKDecomposer):
+    """Every row is a query and its own key; pairs agree that have the label of the first row."""
+
+    def fit(self, X, y):
+        rows, y = validate_data(self, X, y, dtype=[np.float64, np.float32])
+        super().fit(self._pairs(rows, y))
+        validate_data(self, X, skip_check_array=True)
+        return self
+
+    def partial_fit(self, X, y):
+        if isinstance(X, QKPairs):
+            return super().partial_fit(X)
+        rows, y = validate_data(self, X, y, reset=not hasattr(self, "_sums"))
+        super().partial_fit(self._pairs(rows, y))
+        validate_data(self, X, skip_check_array=True)
+        return self
+
+    def transform(self, X):
+        self.n_features_in_  # noqa: B018  an unfitted estimator must say so before it looks at X
+        return super().transform(validate_data(self, X, reset=False))
+
+    def score(self, X, y):
+        return super().score(self._pairs(validate_data(self, X, reset=False), y))
+
+    def _pairs(self, X, y):
+        agree = np.ravel(y) == np.ravel(y)[0]
+        return QKPairs(X, X, np.arange(len(X)), np.ones(len(X)), agree)
 
 
 class LiftedClassAffinity(ClassAffinity):

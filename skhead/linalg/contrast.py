@@ -20,8 +20,8 @@ __all__ = [
     "union_basis",
 ]
 
-#: Numbers that are gathered and multiplied at once, so that they stay in the processor's cache.
-_BLOCK = 1 << 18
+#: Numbers that are gathered and multiplied at once.
+_BLOCK = 1 << 20
 #: Numbers in one block of products of queries with keys.
 _OUTER = 1 << 22
 #: Relative size below which an eigenvalue of a second moment counts as zero.
@@ -99,15 +99,19 @@ class ContrastMoments:
         ``2 n_keys d_head**2`` flops, three times as many where squares are summed. Keys are read
         once, in blocks.
         """
-        size = max(1, _BLOCK // self.d_head)
+        size = min(len(keys), max(1, _BLOCK // self.d_head))
+        gathered = [values.new_empty(size, self.d_head) for values in (queries, keys)]
         with fast_float32_matmul(keys.device):
             for start in range(0, len(keys), size):
                 part = slice(start, start + size)
                 for place, kind in enumerate((1, 0)):
                     rows = (kinds[part] == kind).nonzero()[:, 0]
                     weight = None if weights is None else weights[part].index_select(0, rows)
-                    query = queries.index_select(0, index[part].index_select(0, rows))
-                    self._add(place, query, keys[part].index_select(0, rows), weight)
+                    owners = index[part].index_select(0, rows)
+                    query, key = (buffer[: len(rows)] for buffer in gathered)
+                    torch.index_select(queries, 0, owners, out=query)
+                    torch.index_select(keys[part], 0, rows, out=key)
+                    self._add(place, query, key, weight)
 
     def _add(
         self, place: int, query: torch.Tensor, key: torch.Tensor, weight: torch.Tensor | None
@@ -348,6 +352,8 @@ def union_basis(bases: list[torch.Tensor], tolerance: float) -> torch.Tensor:
     -------
     Tensor of shape (d_head, rank)
     """
+    if len(bases) == 1:
+        return bases[0]
     vectors, values, _ = torch.linalg.svd(torch.cat(bases, dim=1), full_matrices=False)
     found: torch.Tensor = vectors[:, values > tolerance * values[:1]]
     return found

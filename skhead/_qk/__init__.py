@@ -1,0 +1,1 @@
+"""Parts of the decomposition of queries and keys that estimators share."""
