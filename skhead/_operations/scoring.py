@@ -15,6 +15,7 @@ from skhead._inputs import Processing, SourceHeads, heads_at, layer_rows, token_
 from skhead._operations.pairs import check_targets
 from skhead.exceptions import DegenerateHeadError, MemoryBudgetError, UnsupportedLayoutError
 from skhead.linalg.factored import product_norms
+from skhead.linalg.precision import tall_product
 from skhead.linalg.ranks import PairRanks, PairTables, rank_pairs
 from skhead.stats.matching import matching_log_tail
 from skhead.weights.first_block import read_source_embedding
@@ -213,7 +214,7 @@ def _rank_head(
     value = heads.values[int(heads.index[i])].double()
     ranked: dict[str, PairRanks] = {}
     for batch in batches:
-        read = vectors[batch.sources] @ value
+        read = tall_product(vectors[batch.sources], value)
         found = rank_pairs(
             read, heads.writes[i], unembedding, batch.tables, largest_norm=largest_norm
         )

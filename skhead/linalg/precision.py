@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["fast_float32_matmul", "wide"]
+__all__ = ["fast_float32_matmul", "tall_product", "wide"]
 
 #: A float32 product of random 256 x 256 matrices has a relative error near 3e-7; rounding the
 #: factors to bfloat16 gives 3e-3. Anything above this is not float32.
@@ -59,6 +59,23 @@ def wide(values: torch.Tensor) -> torch.Tensor:
     values : Tensor
     """
     return values if values.device.type == "mps" else values.double()
+
+
+def tall_product(tall: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
+    """Product of a tall matrix and one of few columns, in float64 about twice as fast on CPUs.
+
+    Libraries block the last side of a product, which is the tall one if both are transposed.
+
+    Parameters
+    ----------
+    tall : Tensor of shape (n, m)
+    narrow : Tensor of shape (m, r)
+
+    Returns
+    -------
+    Tensor of shape (n, r)
+    """
+    return (narrow.T @ tall.T).T.contiguous()
 
 
 def _matmul() -> Any:

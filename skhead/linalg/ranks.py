@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise, starmap
 
 import torch
+from torch.nn.functional import pad
+
+from skhead.linalg.precision import fast_float32_matmul, tall_product
 
 __all__ = ["PairRanks", "PairTables", "count_above", "rank_pairs"]
 
@@ -31,8 +34,12 @@ _EQUAL = 1e-12
 _TINY = 1e-300
 #: Numbers in one block of gathered vectors.
 _GATHERED = 1 << 22
-#: Blocks whose undecided tokens are kept for one decision.
-_CLOSE = 16
+#: Undecided tokens that wait for one decision.
+_CLOSE = 1 << 16
+#: Pairs whose float32 logits are computed by the same product as all others, to see its error.
+_PROBED = 256
+#: Of the largest logits, and of the smallest.
+_SIGNS = (1.0, -1.0)
 
 
 def count_above(
@@ -189,22 +196,143 @@ def rank_pairs(
     """
     if largest_norm is None:
         largest_norm = float(torch.linalg.vector_norm(unembedding, dim=1).max())
-    logits = _HeadLogits.of(read, write, unembedding, block, largest_norm)
-    own = logits.exact_logits(tables.rows, tables.targets)
-    logits = logits.with_error(tables, own)
-    above, below, extremes = logits.count(tables, own)
-    ties = len(unembedding) - 1 - above - below
-    found = []
-    for (start, end), ks in zip(pairwise(tables.starts), tables.ks, strict=True):
-        part = slice(start, end)
-        counts = (above[part], below[part])
-        hits = [
-            logits.table_hits(tables.rows[part], tables.targets[part], ks, sign, counts[i], extreme)
-            for i, (sign, extreme) in enumerate(zip((1.0, -1.0), extremes, strict=True))
-        ]
-        row_hits, column_hits = (torch.stack(kind) for kind in zip(*hits, strict=True))
-        found.append(PairRanks(above[part], below[part], ties[part], row_hits, column_hits))
+    with fast_float32_matmul(unembedding.device):
+        logits = _HeadLogits.of(read, write, unembedding, block, largest_norm)
+        own = logits.exact_logits(tables.rows, tables.targets)
+        logits = logits.with_error(tables, own)
+        counts, extremes = logits.count(tables, own)
+        found = []
+        for (start, end), ks in zip(pairwise(tables.starts), tables.ks, strict=True):
+            part = slice(start, end)
+            above, below = counts[:, part]
+            hits = logits.table_hits(
+                tables.rows[part], tables.targets[part], ks, counts[:, part], extremes
+            )
+            found.append(PairRanks(above, below, len(unembedding) - 1 - above - below, *hits))
     return found
+
+
+@dataclass(frozen=True)
+class _Extremes:
+    """The extreme logits of groups of tokens, by source row in the order of the tables.
+
+    Attributes
+    ----------
+    places : Tensor of shape (n_rows,), int64
+        Where a source row is.
+    groups : tuple of Tensor of shape (n_rows, n_groups)
+        The largest, and the smallest logits.
+    coarse : tuple of Tensor of shape (n_rows, 32)
+        The same of groups of groups.
+    """
+
+    places: torch.Tensor
+    groups: tuple[torch.Tensor, torch.Tensor]
+    coarse: tuple[torch.Tensor, torch.Tensor]
+
+    @classmethod
+    def empty(cls, order: torch.Tensor, n_groups: int, like: torch.Tensor) -> _Extremes:
+        """Room for the extremes of rows in this order."""
+        size, coarse = (len(order), n_groups), (len(order), _GROUPS)
+        return cls(
+            order.argsort(),
+            (like.new_empty(size), like.new_empty(size)),
+            (like.new_full(coarse, -torch.inf), like.new_full(coarse, torch.inf)),
+        )
+
+    def add(self, logits: torch.Tensor, top: int, block: int, n_valid: int) -> None:
+        """Take in one block of logits of the rows from `top` on, and void its padding."""
+        rows = slice(top, top + len(logits))
+        groups = slice(block * _GROUPS, (block + 1) * _GROUPS)
+        largest, smallest = (side[rows, groups] for side in self.groups)
+        by_group, padding = logits.view(len(logits), -1, _GROUPS), logits[:, n_valid:]
+        padding.fill_(-torch.inf)
+        torch.amax(by_group, 1, out=largest)
+        padding.fill_(torch.inf)
+        torch.amin(by_group, 1, out=smallest)
+        most, least = (side[rows] for side in self.coarse)
+        torch.maximum(most, largest, out=most)
+        torch.minimum(least, smallest, out=least)
+        padding.fill_(torch.nan)
+
+    def of(self, rows: torch.Tensor, side: int) -> torch.Tensor:
+        """Extremes of the groups of some source rows, negative for the smallest ones."""
+        return _SIGNS[side] * self.groups[side][self.places[rows]]
+
+    def bounds(self, rows: torch.Tensor, k: int) -> torch.Tensor:
+        """Lower bounds of the k-th extremes of some source rows, negative for the smallest."""
+        if k > _GROUPS:
+            return self.coarse[0].new_full((2, len(rows)), -torch.inf)
+        largest, smallest = (side[self.places[rows]] for side in self.coarse)
+        return torch.stack([largest, -smallest]).topk(k, dim=2).values[:, :, -1]
+
+
+@dataclass(frozen=True)
+class _Tally:
+    """The pairs of a block of source rows, slot by slot, and what has been counted of them.
+
+    Attributes
+    ----------
+    slots : tuple of slice
+        Where the pairs of each slot are; they belong to as many first rows.
+    pairs, rows, targets : Tensor of shape (n,), int64
+        Rows within the block.
+    high, low : Tensor of shape (n, 1)
+        Logits above are clearly above the target's, and logits below clearly below.
+    now : Tensor of shape (2, n)
+        Tokens of the last block that are clearly above, and that are not clearly below.
+    total : Tensor of shape (2, n), float64
+        Those of all blocks.
+    """
+
+    slots: tuple[slice, ...]
+    pairs: torch.Tensor
+    rows: torch.Tensor
+    targets: torch.Tensor
+    high: torch.Tensor
+    low: torch.Tensor
+    now: torch.Tensor
+    total: torch.Tensor
+
+    @classmethod
+    def of(cls, tables: PairTables, top: int, high: torch.Tensor, low: torch.Tensor) -> _Tally:
+        """Start to count for the rows from `top` on."""
+        of_slots = [slot[top : top + _ROWS] for slot in tables.slots if len(slot) > top]
+        ends = list(accumulate(map(len, of_slots), initial=0))
+        pairs = torch.cat([*of_slots, tables.order[:0]])
+        rows = torch.cat([torch.arange(len(slot)) for slot in of_slots] + [torch.arange(0)])
+        now = high.new_zeros(2, len(pairs))
+        return cls(
+            tuple(starmap(slice, pairwise(ends))),
+            pairs,
+            rows.to(pairs.device),
+            tables.targets[pairs],
+            high[pairs, None],
+            low[pairs, None],
+            now,
+            now.double(),
+        )
+
+    def add(
+        self, logits: torch.Tensor, scratch: torch.Tensor, start: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Count in a block of logits from token `start` on.
+
+        Returns the (pair, token) pairs that float32 cannot decide.
+        """
+        over, not_under = self.now
+        for slot in self.slots:
+            n_rows = slot.stop - slot.start
+            block, found = logits[:n_rows], scratch[:n_rows]
+            torch.sum(torch.gt(block, self.high[slot], out=found), 1, out=over[slot])
+            torch.sum(torch.ge(block, self.low[slot], out=found), 1, out=not_under[slot])
+        self.total.add_(self.now)
+        inside = (self.targets >= start) & (self.targets < start + logits.shape[1])
+        undecided = (not_under - over > inside).nonzero().squeeze(1)
+        values = logits[self.rows[undecided]]
+        near = (values >= self.low[undecided]) & (values <= self.high[undecided])
+        which, tokens = near.nonzero(as_tuple=True)
+        return self.pairs[undecided[which]], tokens + start
 
 
 @dataclass(frozen=True)
@@ -243,82 +371,42 @@ class _HeadLogits:
 
     def with_error(self, tables: PairTables, own: torch.Tensor) -> _HeadLogits:
         """Return the same with the rounding error of float32 as the targets' logits show it."""
-        rounded = (self.read[tables.rows] * self.faces[tables.targets]).sum(1)
-        errors = (rounded - own).abs() / self.scale[tables.rows].clamp_min(_TINY)
-        return replace(self, error=max(_LEAST_ERROR, _MARGIN * float(errors.max())))
+        read, faces = self.read[tables.rows], self.faces[tables.targets]
+        rounded = (read * faces).sum(1)
+        rounded_alike = (read[:_PROBED] @ faces[:_PROBED].T).diagonal()
+        errors = torch.cat([rounded - own, rounded_alike - own[:_PROBED]]).abs()
+        scale = torch.cat([self.scale[tables.rows], self.scale[tables.rows[:_PROBED]]])
+        worst = float((errors / scale.clamp_min(_TINY)).max())
+        return replace(self, error=max(_LEAST_ERROR, _MARGIN * worst))
 
-    def count(
-        self, tables: PairTables, own: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """Tokens above and below every target, and the extreme logits of groups of tokens.
-
-        The extremes, ``(n_rows, n_groups)``, are the largest logits and the largest of their
-        negatives.
-        """
+    def count(self, tables: PairTables, own: torch.Tensor) -> tuple[torch.Tensor, _Extremes]:
+        """Tokens above (0) and below (1) every target, and the extreme logits of the rows."""
         slack = self.error * self.scale[tables.rows]
         high, low = (own + slack).float(), (own - slack).float()
-        bands = (high, low)
         counts = torch.zeros(2, len(own), dtype=torch.int64, device=own.device)
         n_rows, n_vocab = len(self.read), len(self.unembedding)
-        n_groups = len(self.faces) // self.width * _GROUPS
-        largest = self.faces.new_empty(n_rows, n_groups)
-        smallest = torch.empty_like(largest)
+        extremes = _Extremes.empty(
+            tables.order, len(self.faces) // self.width * _GROUPS, self.faces
+        )
         size = (min(_ROWS, n_rows), self.width)
         space, scratch = self.faces.new_empty(size), self.faces.new_empty(size)
         for top in range(0, n_rows, _ROWS):
-            rows = tables.order[top : top + _ROWS]
-            read, logits = self.read[rows], space[: len(rows)]
-            slots = [slot[top : top + len(rows)] for slot in tables.slots if len(slot) > top]
+            read = self.read[tables.order[top : top + _ROWS]]
+            logits = space[: len(read)]
+            tally = _Tally.of(tables, top, high, low)
             close: list[tuple[torch.Tensor, torch.Tensor]] = []
-            for start in range(0, n_vocab, self.width):
+            for block, start in enumerate(range(0, n_vocab, self.width)):
                 torch.mm(read, self.faces[start : start + self.width].T, out=logits)
-                groups = slice(start // self.width * _GROUPS, (start // self.width + 1) * _GROUPS)
-                by_group = logits.view(len(rows), -1, _GROUPS)
-                padding = logits[:, n_vocab - start :]
-                padding.fill_(-torch.inf)
-                largest[rows, groups] = by_group.amax(1)
-                padding.fill_(torch.inf)
-                smallest[rows, groups] = -by_group.amin(1)
-                padding.fill_(torch.nan)
-                for pairs in slots:
-                    found = self._count_block(logits, scratch, pairs, start, bands, tables, counts)
-                    if found is not None:
-                        close.append(found)
-                if len(close) > _CLOSE:
+                extremes.add(logits, top, block, n_vocab - start)
+                close.append(tally.add(logits, scratch, start))
+                if sum(len(asked) for asked, _ in close) > _CLOSE:
                     self._settle(close, own, tables, counts)
                     close = []
             self._settle(close, own, tables, counts)
-        return counts[0], counts[1], (largest, smallest)
-
-    def _count_block(
-        self,
-        logits: torch.Tensor,
-        scratch: torch.Tensor,
-        pairs: torch.Tensor,
-        start: int,
-        bands: tuple[torch.Tensor, torch.Tensor],
-        tables: PairTables,
-        counts: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Count the tokens clearly above and below a target in the first rows of a block.
-
-        Returns the (pair, token) pairs that float32 cannot decide, unless there are none.
-        """
-        block, scratch = logits[: len(pairs)], scratch[: len(pairs)]
-        high, low = (band[pairs, None] for band in bands)
-        over = scratch.copy_(block).gt_(high).sum(1).long()
-        not_under = scratch.copy_(block).ge_(low).sum(1).long()
-        counts[0, pairs] += over
-        counts[1, pairs] += min(self.width, len(self.unembedding) - start) - not_under
-        targets = tables.targets[pairs]
-        inside = (targets >= start) & (targets < start + self.width)
-        undecided = (not_under - over > inside).nonzero().squeeze(1)
-        if not len(undecided):
-            return None
-        values = block[undecided]
-        near = (values >= low[undecided]) & (values <= high[undecided])
-        which, tokens = near.nonzero(as_tuple=True)
-        return pairs[undecided[which]], tokens + start
+            over, not_under = tally.total.long()
+            counts[0, tally.pairs] += over
+            counts[1, tally.pairs] += n_vocab - not_under
+        return counts, extremes
 
     def _settle(
         self,
@@ -342,9 +430,9 @@ class _HeadLogits:
         size = max(1, _GATHERED // self.unembedding.shape[1])
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
-            distinct, places = rows[part].unique(return_inverse=True)
-            written = (self.exact[distinct] @ self.write.T)[places]
-            values[part] = (written * self.unembedding[tokens[part]].double()).sum(1)
+            distinct, places = tokens[part].unique(return_inverse=True)
+            faces = tall_product(self.unembedding[distinct].double(), self.write)
+            values[part] = (self.exact[rows[part]] * faces[places]).sum(1)
         return values
 
     def table_hits(
@@ -352,43 +440,48 @@ class _HeadLogits:
         rows: torch.Tensor,
         targets: torch.Tensor,
         ks: tuple[int, ...],
-        sign: float,
         counts: torch.Tensor,
-        extremes: torch.Tensor,
+        extremes: _Extremes,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Which targets of a table are among the k extreme logits of which of its sources.
 
         Parameters
         ----------
-        counts : Tensor of shape (n_pairs,), int64
-            Tokens that go before each source's own target.
-        extremes : Tensor of shape (n_rows, n_groups)
-            Extreme logits of groups of tokens, times `sign`.
+        counts : Tensor of shape (2, n_pairs), int64
+            Tokens above and below each source's own target.
 
         Returns
         -------
-        row_hits, column_hits : Tensor of shape (n_k, n_pairs), int64
+        row_hits, column_hits : Tensor of shape (2, n_k, n_pairs), int64
         """
         n_pairs = len(rows)
-        row_hits = torch.zeros(len(ks), n_pairs, dtype=torch.int64, device=rows.device)
+        row_hits = torch.zeros(2, len(ks), n_pairs, dtype=torch.int64, device=rows.device)
         column_hits = torch.zeros_like(row_hits)
         faces = self.faces[targets].T
-        size = max(1, _GATHERED // n_pairs)
-        for start in range(0, n_pairs, size):
-            part = slice(start, start + size)
-            logits = sign * (self.read[rows[part]] @ faces)
-            slack = (2 * self.error * self.scale[rows[part]]).float()
-            bounds = self._bounds(rows[part], logits.amax(1) + slack, ks, sign, extremes)
-            for i, k in enumerate(ks):
-                gap = logits - bounds[:, i, None]
-                hits = gap > slack[:, None]
-                row, column = (gap.abs() <= slack[:, None]).nonzero(as_tuple=True)
-                if len(row):
-                    hits[row, column] = self._go_before(rows[part][row], targets[column], sign) < k
-                places = torch.arange(len(hits), device=rows.device)
-                hits[places, places + start] = counts[part] < k
-                row_hits[i, part] = hits.sum(1)
-                column_hits[i] += hits.sum(0)
+        slack = (2 * self.error * self.scale[rows, None]).float()
+        most = min(ks[-1], len(self.unembedding))
+        bounds = extremes.bounds(rows, most)
+        for part in torch.arange(n_pairs, device=rows.device).split(max(1, _GATHERED // n_pairs)):
+            logits = self.read[rows[part]] @ faces
+            for side, sign in enumerate(_SIGNS):
+                reached = (sign * logits).amax(1) + slack[part, 0]
+                near = (reached >= bounds[side, part]).nonzero().squeeze(1)
+                close, ranked = self._ranked(rows[part[near]], reached[near], most, side, extremes)
+                near = near[close]
+                pairs, signed = part[near], sign * logits[near]
+                for i, k in enumerate(ks):
+                    least, beyond = (ranked[:, min(k, most) - 1 + j, None] for j in range(2))
+                    hits = signed > beyond + slack[pairs]
+                    unsure = ~hits & (signed >= least - slack[pairs])
+                    row, column = unsure.nonzero(as_tuple=True)
+                    if len(row):
+                        before = self._go_before(rows[pairs[row]], targets[column], sign)
+                        hits[row, column] = before < k
+                    hits[torch.arange(len(pairs), device=rows.device), pairs] = (
+                        counts[side, pairs] < k
+                    )
+                    row_hits[side, i, pairs] = hits.sum(1)
+                    column_hits[side, i] += hits.sum(0)
         return row_hits, column_hits
 
     def _go_before(self, rows: torch.Tensor, targets: torch.Tensor, sign: float) -> torch.Tensor:
@@ -407,39 +500,35 @@ class _HeadLogits:
             found[part] += torch.bincount(which[exact > _EQUAL * scale[which]], minlength=len(row))
         return found[places]
 
-    def _bounds(
+    def _ranked(
         self,
         rows: torch.Tensor,
         reached: torch.Tensor,
-        ks: tuple[int, ...],
-        sign: float,
-        extremes: torch.Tensor,
-    ) -> torch.Tensor:
-        """The k-th largest logits of rows, ``(n, n_k)``; infinite where `reached` is below them.
+        most: int,
+        side: int,
+        extremes: _Extremes,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The ``most + 1`` extreme logits of the rows that reach the last but one of them.
 
-        The k groups of the largest extremes hold the k largest logits, and the smallest of these
-        extremes is a lower bound of the k-th. Groups of groups give a lower one at less cost.
+        As many groups of the largest extremes hold them, and the smallest of these extremes is a
+        lower bound of the last. Returns which of the rows, and their logits by falling size,
+        negative for the smallest ones, with minus infinity behind the last token.
         """
-        n_vocab = len(self.unembedding)
-        bounds = torch.full((len(rows), len(ks)), torch.inf, device=rows.device)
-        most = min(ks[-1], n_vocab)
-        own, near = extremes[rows], torch.arange(len(rows), device=rows.device)
-        if most <= _GROUPS:
-            coarse = own.view(len(rows), -1, _GROUPS).amax(1)
-            near = near[reached >= coarse.topk(most, dim=1).values[:, -1]]
-        heads, groups = own[near].topk(min(most, own.shape[1]), dim=1)
+        n_vocab, own = len(self.unembedding), extremes.of(rows, side)
+        heads, groups = own.topk(min(most + 1, own.shape[1]), dim=1)
+        near = torch.arange(len(rows), device=rows.device)
         if most <= own.shape[1]:
-            reaching = reached[near] >= heads[:, -1]
-            near, groups = near[reaching], groups[reaching]
+            near = (reached >= heads[:, most - 1]).nonzero().squeeze(1)
+        ranked = heads.new_empty(len(near), most + 1)
         per_group = self.width // _GROUPS
         inner = torch.arange(per_group, device=rows.device) * _GROUPS
         size = max(1, _GATHERED // (groups.shape[1] * per_group * self.faces.shape[1]))
-        for part, found in zip(near.split(size), groups.split(size), strict=True):
+        for part in torch.arange(len(near), device=rows.device).split(size):
+            found = groups[near[part]]
             of_block = found // _GROUPS * self.width + found % _GROUPS
             tokens = (of_block[:, :, None] + inner).flatten(1)
-            logits = sign * torch.einsum("nr,ntr->nt", self.read[rows[part]], self.faces[tokens])
+            read = self.read[rows[near[part]]]
+            logits = _SIGNS[side] * torch.einsum("nr,ntr->nt", read, self.faces[tokens])
             logits.masked_fill_(tokens >= n_vocab, -torch.inf)
-            ranked = logits.topk(most, dim=1).values
-            for i, k in enumerate(ks):
-                bounds[part, i] = ranked[:, k - 1] if k < n_vocab else -torch.inf
-        return bounds
+            ranked[part] = pad(logits, (0, 1), value=-torch.inf).topk(most + 1, dim=1).values
+        return near, ranked

@@ -130,3 +130,30 @@ def test_count_above_of_whole_rows():
     above = count_above(wide, torch.tensor([7, 8, 9]))[0]
     order = wide.argsort(dim=1, descending=True)
     assert [order[i, a].item() for i, a in enumerate(above)] == [7, 8, 9]
+
+
+def test_targets_at_the_edge_of_the_k_largest_are_told_without_whole_rows(monkeypatch):
+    """A target that is the k-th itself is decided by the gap to the next one."""
+    read, write, unembedding, _ = _problem(5000)
+    unembedding[2500] = unembedding[1] = unembedding[0] / 2
+    order = (read @ write.double().T @ unembedding.double().T).argsort(dim=1, descending=True)
+    rows = torch.arange(len(read))
+    tables = [(rows, order[:, place]) for place in (9, 10, -10, -11)]
+    arranged = PairTables.of(tables, [(10,)] * 4, len(read))
+    monkeypatch.delattr("skhead.linalg.ranks._HeadLogits._go_before")
+    found = rank_pairs(read, write, unembedding, arranged)
+    for ranks, (_, targets) in zip(found, tables, strict=True):
+        hits = _by_sorting(read, write, unembedding, rows, targets, (10,))[2]
+        torch.testing.assert_close(ranks.row_hits, hits.sum(3))
+        torch.testing.assert_close(ranks.column_hits, hits.sum(2))
+    places = [ranks.above.unique().tolist() for ranks in found]
+    assert places == [[9], [10], [4990], [4989]]
+
+
+def test_heads_that_write_alike_towards_all_tokens_have_ties_only():
+    read, write, unembedding, tables = _problem(3000)
+    unembedding[:] = unembedding[0]
+    arranged = PairTables.of(tables[:1], KS[:1], len(read))
+    (ranks,) = rank_pairs(read, write, unembedding, arranged)
+    assert (ranks.ties == 2999).all() and not ranks.above.any() and not ranks.below.any()
+    assert (ranks.row_hits == 30).all() and (ranks.column_hits == 30).all()
