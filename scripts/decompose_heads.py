@@ -137,7 +137,7 @@ def decompose(
         )
         try:
             decomposer.fit(pairs)
-        except ValueError as error:
+        except skhead.exceptions.NoContrastError as error:
             summary[head] = {"error": str(error)}
             continue
         features[head] = decomposer.summary()
@@ -146,7 +146,7 @@ def decompose(
             "rank_of_union": len(decomposer.union_key_components_),
             "d_head": decomposer.d_head_,
             "auc": decomposer.score(held_out[head]),
-            "auc_of_logits": area_of_logits(held_out[head]),
+            "auc_of_logits": area_of_logits(held_out[head], decomposer.per_class),
         }
         if swapped is not None:
             interventions[head] = skhead.intervene_on_model(
@@ -164,12 +164,15 @@ def decompose(
     return tables[0], tables[1], summary
 
 
-def area_of_logits(pairs: skhead.QKPairs) -> float:
+def area_of_logits(pairs: skhead.QKPairs, per_class: bool) -> float:
     """The area under the ROC curve that attention scores reach without any decomposition."""
     from sklearn.metrics import roc_auc_score
 
-    kinds = pairs.agreement[:, 0]
-    return float(roc_auc_score(kinds[kinds >= 0], pairs.logits()[kinds >= 0]))
+    kinds, logits = pairs.agreement[:, 0], pairs.logits()
+    asked = pairs.query_labels[pairs.query_index, 0]
+    groups = [asked == label for label in pd.unique(asked)] if per_class else [kinds >= 0]
+    areas = [roc_auc_score(kinds[rows], logits[rows]) for rows in groups]
+    return float(sum(areas) / len(areas))
 
 
 def open_tokenizer(name: str) -> Any:
@@ -216,8 +219,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.experiment != "category":
             parser.error("--chat is for the experiment category: boxes end in front of a letter")
         settings["chat"] = True
-    n_prompts = options.n_prompts or N_PROMPTS[options.experiment]
-    n_held_out = options.n_held_out or max(n_prompts // 5, 1)
+    n_prompts = options.n_prompts
+    if n_prompts is None:
+        n_prompts = N_PROMPTS[options.experiment]
+    n_held_out = options.n_held_out
+    if n_held_out is None:
+        n_held_out = max(n_prompts // 5, 1)
     heads = (options.heads or HEADS[options.experiment]).split(",")
     tokenizer = open_tokenizer(options.tokenizer or options.model)
     features, interventions, summary = decompose(

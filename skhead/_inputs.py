@@ -22,9 +22,7 @@ __all__ = [
     "LayerReader",
     "Processing",
     "SourceHeads",
-    "check_count",
     "check_ids",
-    "check_number",
     "copying_form",
     "heads_at",
     "layer_rows",
@@ -260,21 +258,3 @@ def token_texts(tokens: NDArray[np.int64], vocabulary: Any, caller: str) -> list
             f"{caller}: vocabulary must give the text of every token id, as a callable, a sequence "
             f"or a mapping; it failed with {type(error).__name__}: {error}"
         ) from error
-
-
-def check_count(name: str, value: Any, caller: str, *, smallest: int = 1) -> int:
-    """A whole number of at least `smallest`."""
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or value < smallest:
-        raise ValueError(
-            f"{caller}: {name} must be an integer of at least {smallest}; got {value!r}"
-        )
-    return int(value)
-
-
-def check_number(name: str, value: Any, caller: str) -> float:
-    """A finite number."""
-    real = isinstance(value, int | float | np.integer | np.floating)
-    if not real or isinstance(value, bool) or not np.isfinite(value):
-        raise ValueError(f"{caller}: {name} must be a finite number; got {value!r}")
-    return float(value)

@@ -9,8 +9,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from skhead._checks import check_count
 from skhead._heads import layer_sizes, named_heads
 from skhead._qk.collecting import collect_pairs
+from skhead._qk.doors import generator
 from skhead._qk.exchange import MODEL_MEASURES, Exchange
 from skhead._qk.interventions import Choices, random_conditions
 from skhead.exceptions import HeadShapeError
@@ -98,7 +100,7 @@ def intervene_on_model(
     target: Any = None,
     conditions: Sequence[str] | None = None,
     n_random: int = 10,
-    random_state: int | np.random.Generator | None = None,
+    random_state: Any = None,
 ) -> pd.DataFrame:
     """What a model does when two keys of a head are exchanged in the subspace of a feature.
 
@@ -129,7 +131,7 @@ def intervene_on_model(
         all of these.
     n_random : int, default=10
         Random subspaces to compare with, of each rank that the conditions have; 0 for none.
-    random_state : int, Generator or None, default=None
+    random_state : int, RandomState instance, Generator or None, default=None
         Seed of drawn targets and random subspaces.
 
     Returns
@@ -199,9 +201,8 @@ def intervene_on_model(
     caller = "intervene_on_model"
     prompts = _checked_prompts(prompts, caller)
     label = _head_of(decomposer, head, caller)
-    if isinstance(n_random, bool) or not isinstance(n_random, int | np.integer) or n_random < 0:
-        raise ValueError(f"{caller}: n_random must be an integer of at least 0, got {n_random!r}")
-    rng = np.random.default_rng(random_state)
+    check_count("n_random", n_random, caller, smallest=0)
+    rng = generator(random_state)
     bridge = open_bridge(model)
     place = named_heads([label], layer_sizes(bridge, caller), caller)[0]
     pairs = collect_pairs(bridge, prompts, [place], caller)[0]

@@ -15,11 +15,12 @@ from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
 
 from skhead._base import check_option, default_device
-from skhead._inputs import check_number
+from skhead._checks import check_count, check_number
 from skhead._qk.decomposition import FeatureSums, Solver
 from skhead._qk.doors import generator, open_pairs, open_vectors, refuse_not_finite
 from skhead._qk.reading import FeatureReader
-from skhead._qk.weights import WEIGHTINGS, classes_asked, weigh_pairs
+from skhead._qk.weights import WEIGHTINGS, classes_asked
+from skhead.exceptions import NoContrastError
 from skhead.qk_pairs import QKPairs
 
 __all__ = ["ContrastiveQKDecomposer"]
@@ -70,9 +71,9 @@ class ContrastiveQKDecomposer(TransformerMixin, FeatureReader):
     alpha : float, default=0.01
         For ``rank="null"``: probability of keeping a component where labels mean nothing.
     n_permutations : int, default=199
-        For ``rank="null"``: permutations of labels, each as much work as the fit itself. Permuted
-        are pairs of one context (and group); where contexts hold pairs of one kind, all pairs that
-        are fitted at once.
+        For ``rank="null"``: permutations of labels, each as much work as the fit itself. Pairs of
+        one context (and group) exchange theirs; contexts with pairs of one kind exchange them as
+        wholes, with each other.
     device : str, torch.device or None, default=None
         Where sums are formed; cuda if present, else the CPU.
     random_state : int, RandomState instance or None, default=None
@@ -126,6 +127,11 @@ class ContrastiveQKDecomposer(TransformerMixin, FeatureReader):
     apart, unless `QKPairs` names what must be held fixed in ``key_groups``. With the latter only
     contexts and groups with pairs of both kinds count, and pairs that differ weigh as much as those
     of their stratum that agree.
+
+    The null takes pairs of different contexts for independent. Where the same words come back in
+    many prompts they are not, and a component may stand for words rather than for their label:
+    score on words that were not fitted. Whitening enlarges directions that hardly vary, so that a
+    share of energy counts noise there; take it with ``rank="null"``.
 
     Memory is that of ``d_head**2`` numbers per feature, `n_permutations` times that with a null;
     time ``2 n_pairs d_head**2`` flops.
@@ -193,7 +199,9 @@ class ContrastiveQKDecomposer(TransformerMixin, FeatureReader):
         ------
         ValueError
             If a parameter is out of range, there are fewer than two queries, a feature has pairs of
-            one kind only or makes no difference, or labels have the wrong length.
+            one kind only, or labels have the wrong length.
+        NoContrastError
+            If a feature makes no difference, or in fewer directions than `rank`.
         HeadShapeError
             If an array has an odd number of columns.
         DegenerateHeadError
@@ -201,8 +209,9 @@ class ContrastiveQKDecomposer(TransformerMixin, FeatureReader):
         """
         for name in [name for name in vars(self) if name.endswith("_") or name == "_sums"]:
             delattr(self, name)
-        self.partial_fit(X, y)
-        self._check_solved()
+        solver = self._solver()
+        self._add(open_pairs(self, X, y, reset=True), solver, whole=True)
+        self._solve(solver, strict=True)
         return self
 
     def fit_pairs(self, Q_pos: Any, K_pos: Any, Q_neg: Any, K_neg: Any) -> ContrastiveQKDecomposer:
@@ -222,7 +231,9 @@ class ContrastiveQKDecomposer(TransformerMixin, FeatureReader):
     def partial_fit(self, X: Any, y: Any = None) -> ContrastiveQKDecomposer:
         """Add pairs to those that were seen; the keys of one query must come together.
 
-        As long as a feature has pairs of one kind only, sums grow and nothing is decomposed.
+        A feature is decomposed as soon as it has pairs of both kinds, and directions enough. Pairs
+        that are refused leave the sums as they were. With ``rank="null"`` labels are permuted among
+        the pairs that come together, which must be of both kinds.
 
         Parameters
         ----------
@@ -235,22 +246,9 @@ class ContrastiveQKDecomposer(TransformerMixin, FeatureReader):
         self
         """
         solver = self._solver()
-        first = not hasattr(self, "_sums")
-        pairs = open_pairs(self, X, y, reset=first)
-        if first:
-            self._begin(pairs)
-        elif (pairs.head, pairs.features) != (self.head_, self._columns):
-            raise ValueError(
-                f"{self._name}: was fitted on {self.head_ or 'a head'} with the features "
-                f"{', '.join(self._columns)}, and these pairs are of {pairs.head or 'a head'} with "
-                f"{', '.join(pairs.features)}; fit them on their own"
-            )
-        for sums in self._sums_of(pairs, solver):
-            sums.add(pairs, self.pair_weighting, self._rng)
-            if not sums.finite:
-                refuse_not_finite(pairs, self._name)
-        self.n_queries_seen_ += len(pairs)
-        self._solve(solver)
+        pairs = open_pairs(self, X, y, reset=not hasattr(self, "_sums"))
+        self._add(pairs, solver, whole=False)
+        self._solve(solver, strict=False)
         return self
 
     def fit_transform(self, X: Any, y: Any = None, **fit_params: Any) -> Any:
@@ -356,8 +354,10 @@ class ContrastiveQKDecomposer(TransformerMixin, FeatureReader):
             )
         parts = self.attribute(pairs)
         areas = []
-        for name, sums in self._sums.items():
-            kinds = weigh_pairs(pairs, sums.column, self.pair_weighting, sums.asked).kinds
+        named = {sums.name: sums for sums in self._sums.values()}
+        for name in self.decompositions_:
+            sums = named[name]
+            kinds = sums.weigh(pairs).kinds
             used = kinds >= 0
             if len(np.unique(kinds[used])) < 2:
                 if sums.asked is not None and not used.any():
@@ -369,43 +369,100 @@ class ContrastiveQKDecomposer(TransformerMixin, FeatureReader):
             areas.append(roc_auc_score(kinds[used], parts[name][used]))
         if not areas:
             raise ValueError(
-                f"{self._name}: no query looks for one of {', '.join(self._sums)}; a score needs "
+                f"{self._name}: no query looks for one of {', '.join(named)}; a score needs "
                 "pairs of a class that was fitted"
             )
         return float(np.mean(areas))
 
-    def _begin(self, pairs: QKPairs) -> None:
+    def _add(self, pairs: QKPairs, solver: Solver, whole: bool) -> None:
+        """Add pairs to the sums, all or none; if they are the whole, there must be a contrast."""
+        if not hasattr(self, "_sums"):
+            self._begin(pairs, solver)
+        self._check_stream(pairs, solver)
+        if whole and len(pairs) < 2:
+            raise ValueError(
+                f"{self._name}: too few queries, n_samples={len(pairs)}; a contrast needs at least "
+                "two"
+            )
+        found = self._sums_of(pairs, solver)
+        if whole and not found:
+            raise ValueError(f"{self._name}: no query has a label; there is nothing to contrast")
+        parts = []
+        for sums in found:
+            weighted = sums.weigh(pairs)
+            if whole and not (weighted.count(1) and weighted.count(0)):
+                grouped = " among keys of one context and group" if self._grouped else ""
+                raise ValueError(
+                    f"{self._name}: feature {sums.name!r} has {weighted.count(1)} pairs that agree "
+                    f"and {weighted.count(0)} that differ{grouped}; a contrast needs both"
+                )
+            try:
+                parts.append(sums.part(pairs, weighted, self._rng))
+            except NoContrastError as error:
+                raise NoContrastError(f"{self._name}: feature {sums.name!r}: {error}") from None
+            if not parts[-1].finite:
+                refuse_not_finite(pairs, self._name)
+        for sums, part in zip(found, parts, strict=True):
+            sums.add(part)
+            self._sums[sums.column, sums.asked] = sums
+        self.n_queries_seen_ += len(pairs)
+
+    def _begin(self, pairs: QKPairs, solver: Solver) -> None:
         self.d_head_, self.head_, self.scale_ = pairs.d_head, pairs.head, pairs.scale
         self.n_queries_seen_ = 0
-        self._sums: dict[str, FeatureSums] = {}
+        self._sums: dict[tuple[int, Any], FeatureSums] = {}
         self._columns, self._grouped = pairs.features, pairs.key_groups is not None
+        self._summed = solver.summed
         self._rng = generator(self.random_state)
 
+    def _check_stream(self, pairs: QKPairs, solver: Solver) -> None:
+        """Refuse pairs, or parameters, that do not go with what was summed before."""
+        if (pairs.head, pairs.features) != (self.head_, self._columns):
+            raise ValueError(
+                f"{self._name}: was fitted on {self.head_ or 'a head'} with the features "
+                f"{', '.join(self._columns)}, and these pairs are of {pairs.head or 'a head'} with "
+                f"{', '.join(pairs.features)}; fit them on their own"
+            )
+        for name, value in solver.summed.items():
+            if value != self._summed[name]:
+                raise ValueError(
+                    f"{self._name}: {name} was {self._summed[name]} when the sums were begun, and "
+                    f"is {value} now; begin again with fit"
+                )
+
     def _sums_of(self, pairs: QKPairs, solver: Solver) -> list[FeatureSums]:
-        """The sums that these pairs go into, with new ones for classes not seen before."""
+        """The sums that these pairs go into: those that there are, and new ones for new classes."""
+        found = dict(self._sums)
+        names = {sums.name: key for key, sums in found.items()}
+        device = torch.device(default_device() if self.device is None else self.device)
         for column, feature in enumerate(pairs.features):
             asked = classes_asked(pairs, column) if self.per_class else [None]
-            for label in asked:
+            for key in [(column, label) for label in asked if (column, label) not in found]:
                 alone = len(pairs.features) == 1
-                named = str(label) if alone else f"{feature}={label}"
+                label = _label_text(key[1])
+                named = label if alone else f"{feature}={label}"
                 name = named if self.per_class else feature
-                if name not in self._sums:
-                    self._sums[name] = FeatureSums.empty(
-                        name,
-                        column,
-                        label,
-                        self.d_head_,
-                        solver,
-                        self.n_permutations if self.rank == "null" else 0,
-                        torch.device(default_device() if self.device is None else self.device),
+                if name in names:
+                    raise ValueError(
+                        f"{self._name}: two classes are called {name!r}, {names[name][1]!r} and "
+                        f"{key[1]!r}; give labels of one type"
                     )
-        return list(self._sums.values())
+                names[name] = key
+                found[key] = FeatureSums.empty(name, *key, self.d_head_, solver, device)
+        return list(found.values())
 
-    def _solve(self, solver: Solver) -> None:
-        lacking = [sums for sums in self._sums.values() if not (sums.n_pos and sums.n_neg)]
-        if lacking or not self._sums or self.n_queries_seen_ < 2:
+    def _solve(self, solver: Solver, strict: bool) -> None:
+        """Decompose what can be; if strict, everything."""
+        found = {}
+        for sums in self._sums.values():
+            try:
+                if strict or (sums.complete and self.n_queries_seen_ > 1):
+                    found[sums.name] = solver.solve(sums, self._name)
+            except NoContrastError:
+                if strict:
+                    raise
+        if not found:
             return
-        found = {name: solver.solve(sums, self._name) for name, sums in self._sums.items()}
         self.feature_names_ = list(found)
         self.decompositions_ = found
         parts = list(found.values())
@@ -423,22 +480,6 @@ class ContrastiveQKDecomposer(TransformerMixin, FeatureReader):
             nulls = [part.null_singular_values for part in parts]
             self.null_singular_values_ = nulls[0] if len(nulls) == 1 else np.asarray(nulls)
 
-    def _check_solved(self) -> None:
-        """Say why nothing could be decomposed."""
-        if self.n_queries_seen_ < 2:
-            raise ValueError(
-                f"{self._name}: too few queries, n_samples=1; a contrast needs at least two"
-            )
-        if not self._sums:
-            raise ValueError(f"{self._name}: no query has a label; there is nothing to contrast")
-        for name, sums in self._sums.items():
-            if not (sums.n_pos and sums.n_neg):
-                grouped = " among keys of one context and group" if self._grouped else ""
-                raise ValueError(
-                    f"{self._name}: feature {name!r} has {sums.n_pos} pairs that agree and "
-                    f"{sums.n_neg} that differ{grouped}; a contrast needs both"
-                )
-
     def _solver(self) -> Solver:
         """Checked parameters."""
         name, rank = self._name, self._checked_rank()
@@ -450,6 +491,7 @@ class ContrastiveQKDecomposer(TransformerMixin, FeatureReader):
                 raise ValueError(
                     f"{name}: {option} must be between 0 and 1, got {getattr(self, option)!r}"
                 )
+        check_count("n_permutations", self.n_permutations, name)
         if rank == "null" and (self.n_permutations + 1) * self.alpha < 1:
             raise ValueError(
                 f"{name}: {self.n_permutations} permutations cannot reach alpha={self.alpha}; take "
@@ -463,7 +505,15 @@ class ContrastiveQKDecomposer(TransformerMixin, FeatureReader):
                 UserWarning,
                 stacklevel=4,
             )
-        return Solver(rank, self.center, self.whiten is not None, self.pair_weighting, self.alpha)
+        return Solver(
+            rank,
+            self.center,
+            self.whiten is not None,
+            self.pair_weighting,
+            self.per_class,
+            self.n_permutations,
+            self.alpha,
+        )
 
     def _checked_rank(self) -> int | float | str:
         rank: Any = self.rank
@@ -483,3 +533,8 @@ class ContrastiveQKDecomposer(TransformerMixin, FeatureReader):
         tags = super().__sklearn_tags__()
         tags.target_tags.required = True
         return tags
+
+
+def _label_text(label: Any) -> str:
+    """A label in words; whole numbers alike, whatever their type."""
+    return str(int(label) if isinstance(label, float) and label.is_integer() else label)

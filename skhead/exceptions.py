@@ -9,6 +9,7 @@ __all__ = [
     "HeadShapeError",
     "HeadTableError",
     "MemoryBudgetError",
+    "NoContrastError",
     "ProvenanceMismatchError",
     "SkheadError",
     "SourceNotFoundError",
@@ -55,6 +56,10 @@ class UnsafeCheckpointError(SkheadError, ValueError):
 
 class SourceNotFoundError(SkheadError, ValueError, FileNotFoundError):
     """No live model, bundled model, local path or hub repository answers to the source."""
+
+
+class NoContrastError(SkheadError, ValueError):
+    """Pairs that agree and pairs that differ are alike, or in fewer directions than asked for."""
 
 
 class ProvenanceMismatchError(SkheadError, ValueError):

@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 from scipy.special import ndtri
 
 from skhead._base import ROLES, defined_pairs, progress_bar
+from skhead._checks import check_count, check_number
 from skhead._inputs import (
     LayerReader,
     Processing,
     SourceHeads,
-    check_count,
-    check_number,
     of_sources,
     open_maps,
     refuse_zero_maps,

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
 
 from skhead._base import HeadEstimator, check_option, default_device, open_door, parse_bytes
-from skhead._inputs import Processing, SourceHeads, check_count, check_number, of_sources
+from skhead._checks import check_count, check_number
+from skhead._inputs import Processing, SourceHeads, of_sources
 from skhead._operations.pairs import token_pairs
 from skhead._operations.scoring import OperationRanks, Reading, rank_operations
 from skhead._tokenizers import tokenizer_size

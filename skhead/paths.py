@@ -12,12 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from skhead._base import check_option, defined_pairs
+from skhead._checks import check_count, check_number
 from skhead._inputs import (
     LayerReader,
     Processing,
     SourceHeads,
-    check_count,
-    check_number,
     copying_form,
     of_sources,
     open_maps,

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import DTypeLike, NDArray
 
+from skhead._checks import label_array
 from skhead._frozen import Frozen, row_positions
 from skhead.exceptions import HeadShapeError
 
@@ -110,6 +111,8 @@ class QKPairs(Frozen):
                 f"QKPairs: queries have d_head {queries.shape[1]} and keys {keys.shape[1]}; they "
                 "must be those of one head (repeat grouped keys for each query head)"
             )
+        dtype = np.result_type(queries, keys)
+        queries, keys = queries.astype(dtype, copy=False), keys.astype(dtype, copy=False)
         index = _index(self.query_index, len(queries), len(keys))
         query_labels = _columns(self.query_labels, len(queries), "query_labels", "queries")
         key_labels = _columns(self.key_labels, len(keys), "key_labels", "keys")
@@ -349,9 +352,7 @@ def _index(values: Any, n_queries: int, n_keys: int) -> NDArray[np.int64]:
 
 def _columns(values: Any, length: int, name: str, of: str) -> NDArray[Any]:
     """Labels as a column per feature."""
-    if hasattr(values, "detach"):
-        values = values.detach().cpu().numpy()
-    array = np.asarray(values)
+    array = label_array(values)
     if array.ndim not in (1, 2) or len(array) != length:
         raise ValueError(
             f"QKPairs: {name} must hold a label for each of the {length} {of}, with a column for "

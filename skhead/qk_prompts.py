@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
+from skhead._checks import label_array
 from skhead._frozen import row_positions
 
 __all__ = ["QKPrompts"]
@@ -107,10 +107,10 @@ class QKPrompts:
             "tokens": tokens,
             "query_positions": queries,
             "key_positions": keys,
-            "query_labels": np.asarray(self.query_labels),
+            "query_labels": label_array(self.query_labels),
             "key_labels": self._by_key(self.key_labels, keys, "key_labels"),
             "key_groups": self._by_key(self.key_groups, keys, "key_groups"),
-            "features": tuple(self.features),
+            "features": (self.features,) if isinstance(self.features, str) else (*self.features,),
             "key_names": _tuples(self.key_names),
             "texts": None if self.texts is None else tuple(self.texts),
         }
@@ -132,7 +132,7 @@ class QKPrompts:
     ) -> tuple[NDArray[Any], ...] | None:
         if values is None:
             return None
-        arrays = tuple(np.asarray(part) for part in values)
+        arrays = tuple(label_array(part) for part in values)
         for i, (part, listed) in enumerate(zip(arrays, keys, strict=True)):
             if len(part) != len(listed):
                 raise ValueError(
@@ -150,6 +150,7 @@ class QKPrompts:
             name: None if values is None else [values[row] for row in rows]
             for name, values in parts.items()
         }
+        taken["query_labels"] = self.query_labels[rows]
         return replace(self, **taken)
 
     @property

@@ -21,14 +21,8 @@ from skhead._base import (
     extract_subspaces,
     open_door,
 )
-from skhead._inputs import (
-    Processing,
-    check_count,
-    check_ids,
-    token_columns,
-    token_matrix,
-    token_texts,
-)
+from skhead._checks import check_count
+from skhead._inputs import Processing, check_ids, token_columns, token_matrix, token_texts
 from skhead.containers import Subspaces
 from skhead.exceptions import HeadShapeError, HeadTableError
 from skhead.linalg.precision import fast_float32_matmul

@@ -14,9 +14,9 @@ from sklearn.utils import Tags, TransformerTags
 from sklearn.utils.validation import check_is_fitted
 
 from skhead._base import HeadEstimator, HeadInput, check_option, open_door
+from skhead._checks import check_count
 from skhead._inputs import (
     Processing,
-    check_count,
     check_ids,
     heads_at,
     layer_rows,

@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 
 from skhead._base import ROLES, HeadInput, defined_pairs, extract_subspaces, progress_bar
+from skhead._checks import check_count
 from skhead._inputs import (
     Processing,
     SourceHeads,
-    check_count,
     heads_at,
     layer_rows,
     of_sources,

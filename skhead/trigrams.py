@@ -11,10 +11,10 @@ import pandas as pd
 import torch
 
 from skhead._base import ROLES, progress_bar
+from skhead._checks import check_count
 from skhead._inputs import (
     Processing,
     SourceHeads,
-    check_count,
     check_ids,
     of_sources,
     open_maps,

@@ -69,3 +69,11 @@ def random_map(d_head=16, condition=30.0, seed=5):
     left, _ = np.linalg.qr(rng.normal(size=(d_head, d_head)))
     right, _ = np.linalg.qr(rng.normal(size=(d_head, d_head)))
     return left * np.geomspace(1, condition, d_head) @ right
+
+
+def one_kind_each(pairs):
+    """Arguments of ``fit_pairs`` for the first feature: pairs that agree, and that differ."""
+    one = pairs.feature("z1")
+    kinds = one.agreement[:, 0]
+    q, k = one.queries[one.query_index], one.keys
+    return q[kinds == 1], k[kinds == 1], q[kinds == 0], k[kinds == 0]

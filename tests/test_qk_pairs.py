@@ -38,6 +38,21 @@ def test_agreement_of_labels_and_missing_ones():
     assert numbers.agreement.ravel().tolist() == [-1, 1, -1, 0, -1, -1]
 
 
+def test_a_missing_label_among_texts_is_missing():
+    pairs = small(
+        query_labels=["a", float("nan"), "b"], key_labels=["b", np.nan, None, "a", "b", "c"]
+    )
+    assert pairs.agreement.ravel().tolist() == [1, -1, -1, 1, 1, 0]
+    prompts = skhead.QKPrompts(
+        [[1, 2]] * 3, [-1] * 3, [[0]] * 3, ["a", np.nan, "b"], [["a"], [None], ["b"]],
+        features="word",
+    )  # fmt: skip
+    part = prompts[[0, 1]]
+    assert part.query_labels[0] == "a" and np.isnan(part.query_labels[1])
+    assert part.key_labels[1][0] is None
+    assert part.features == ("word",)
+
+
 def test_slicing_takes_queries_with_all_their_keys_in_order():
     part = small()[[2, 0]]
     assert np.array_equal(part.queries, Q[[2, 0]])
@@ -105,6 +120,8 @@ def test_pairs_with_queries_of_their_own():
 def test_torch_and_sixteen_bits_come_in():
     pairs = small(queries=torch.from_numpy(Q).to(torch.bfloat16), keys=K.astype(np.float16))
     assert pairs.queries.dtype == pairs.keys.dtype == np.float32
+    mixed = small(queries=Q.astype(np.float32), keys=K.round().astype(int))
+    assert mixed.queries.dtype == mixed.keys.dtype == np.float64
 
 
 def test_one_feature_of_several():

@@ -10,11 +10,12 @@ import torch
 from numpy.typing import NDArray
 
 from skhead._frozen import Frozen
-from skhead._qk.weights import weigh_pairs
+from skhead._qk.weights import WeightedPairs, weigh_pairs
+from skhead.exceptions import NoContrastError
 from skhead.linalg.contrast import ContrastMoments, PermutedMoments, contrast_spectrum, energy_rank
 from skhead.qk_pairs import QKPairs
 
-__all__ = ["Decomposition", "FeatureSums", "Solver"]
+__all__ = ["Decomposition", "FeaturePart", "FeatureSums", "Solver"]
 
 #: Relative size below which a singular value is rounding.
 _ROUNDING = 1e-12
@@ -99,6 +100,7 @@ class FeatureSums:
         Of the labels.
     asked : label or None
         The class of queries that it is about.
+    solver : Solver
     moments : ContrastMoments
     permuted : PermutedMoments or None
         The same for permuted labels.
@@ -108,6 +110,7 @@ class FeatureSums:
     name: str
     column: int
     asked: Any
+    solver: Solver
     moments: ContrastMoments
     permuted: PermutedMoments | None = None
     n_pos: int = 0
@@ -116,39 +119,71 @@ class FeatureSums:
 
     @classmethod
     def empty(
-        cls,
-        name: str,
-        column: int,
-        asked: Any,
-        d_head: int,
-        solver: Solver,
-        n_permutations: int,
-        device: torch.device,
+        cls, name: str, column: int, asked: Any, d_head: int, solver: Solver, device: torch.device
     ) -> FeatureSums:
         """Sums over nothing yet."""
+        permuted = None
+        if solver.rank == "null":
+            permuted = PermutedMoments(solver.n_permutations, d_head, device)
         moments = ContrastMoments(d_head, solver.center, solver.whiten, device)
-        permuted = PermutedMoments(n_permutations, d_head, device) if n_permutations else None
-        return cls(name, column, asked, moments, permuted)
+        return cls(name, column, asked, solver, moments, permuted)
 
-    def add(self, pairs: QKPairs, weighting: str, rng: np.random.Generator) -> None:
-        """Add the pairs that count for this feature."""
-        weighted = weigh_pairs(pairs, self.column, weighting, self.asked)
-        device = self.moments.device
-        data = [torch.as_tensor(a, device=device) for a in (pairs.queries, pairs.keys)]
-        index = torch.as_tensor(pairs.query_index, device=device)
+    def weigh(self, pairs: QKPairs) -> WeightedPairs:
+        """Which of some pairs count, and how much."""
+        return weigh_pairs(pairs, self.column, self.solver.weighting, self.asked)
+
+    def part(
+        self, pairs: QKPairs, weighted: WeightedPairs, rng: np.random.Generator
+    ) -> FeaturePart:
+        """Sums over some pairs, which are not yet added.
+
+        Raises
+        ------
+        NoContrastError
+            If labels are to be permuted, and no two of these pairs may exchange theirs.
+        """
+        own = self.moments
+        part = FeaturePart(
+            weighted, ContrastMoments(own.d_head, own.center, own.whiten, own.device)
+        )
+        queries, keys, index, kinds = (
+            torch.as_tensor(values, device=own.device)
+            for values in (pairs.queries, pairs.keys, pairs.query_index, weighted.kinds)
+        )
         weights = None
         if weighted.weights is not None:
-            weights = torch.as_tensor(weighted.weights, device=device)
-        kinds = torch.as_tensor(weighted.kinds, device=device)
-        self.moments.add(data[0], data[1], index, kinds, weights)
-        self.n_pos += int(np.count_nonzero(weighted.kinds == 1))
-        self.n_neg += int(np.count_nonzero(weighted.kinds == 0))
-        self.n_queries += weighted.n_queries
+            weights = torch.as_tensor(weighted.weights, device=own.device)
+        part.moments.add(queries, keys, index, kinds, weights)
         if self.permuted is not None:
-            for part in weighted.permutations(self.permuted.n_permutations, rng):
-                keys = torch.as_tensor(part.keys, device=device)
-                assigned = torch.as_tensor(part.weights, device=device)
-                self.permuted.add(part.which, data[0][index[keys]], data[1][keys], assigned)
+            part.permuted = PermutedMoments(self.permuted.n_permutations, own.d_head, own.device)
+            for some in weighted.permutations(self.permuted.n_permutations, rng):
+                rows = torch.as_tensor(some.keys, device=own.device)
+                assigned = torch.as_tensor(some.weights, device=own.device)
+                part.permuted.add(some.which, queries[index[rows]], keys[rows], assigned)
+        return part
+
+    def add(self, part: FeaturePart) -> None:
+        """Add the sums over some pairs."""
+        self.moments.merge(part.moments)
+        if self.permuted is not None and part.permuted is not None:
+            self.permuted.merge(part.permuted)
+        self.n_pos += part.pairs.count(1)
+        self.n_neg += part.pairs.count(0)
+        self.n_queries += part.pairs.n_queries
+
+    @property
+    def complete(self) -> bool:
+        """Whether there are pairs of both kinds."""
+        return self.n_pos > 0 and self.n_neg > 0
+
+
+@dataclass
+class FeaturePart:
+    """Sums of one feature over some pairs."""
+
+    pairs: WeightedPairs
+    moments: ContrastMoments
+    permuted: PermutedMoments | None = None
 
     @property
     def finite(self) -> bool:
@@ -166,6 +201,8 @@ class Solver:
     center : bool
     whiten : bool
     weighting : {"pair", "query", "released"}
+    per_class : bool
+    n_permutations : int
     alpha : float
     """
 
@@ -173,29 +210,44 @@ class Solver:
     center: bool
     whiten: bool
     weighting: str
+    per_class: bool
+    n_permutations: int
     alpha: float
+
+    @property
+    def summed(self) -> dict[str, Any]:
+        """The parameters that decide what is summed, which must not change in a stream."""
+        null = self.rank == "null"
+        return {
+            "center": self.center,
+            "whiten": "qk" if self.whiten else None,
+            "pair_weighting": self.weighting,
+            "per_class": self.per_class,
+            "rank": "null" if null else "not 'null'",
+            "n_permutations": self.n_permutations if null else None,
+        }
 
     def solve(self, sums: FeatureSums, caller: str) -> Decomposition:
         """Decompose the contrast of a feature.
 
         Raises
         ------
-        ValueError
+        NoContrastError
             If there is no contrast, or fewer directions in it than components asked for.
         """
         totals = None
         if self.weighting == "released":
             totals = torch.full_like(sums.moments.weights, sums.n_queries)
         means = sums.moments.means(totals)
-        squares = sums.moments.squares() if self.whiten else (None, None)
-        spectrum = contrast_spectrum(means[0] - means[1], *squares)
-        values = spectrum.singular_values
-        scale = float(torch.linalg.matrix_norm(means).max())
-        if not self.whiten and float(values[0]) <= _ROUNDING * scale:
-            raise ValueError(
+        contrast = means[0] - means[1]
+        if not float(contrast.abs().max()) > _ROUNDING * float(means.abs().max()):
+            raise NoContrastError(
                 f"{caller}: feature {sums.name!r} makes no difference: queries and keys that agree "
                 "on it have the same second moments as those that differ"
             )
+        squares = sums.moments.squares() if self.whiten else (None, None)
+        spectrum = contrast_spectrum(contrast, *squares)
+        values = spectrum.singular_values
         null = self._null(sums, totals, squares)
         threshold = np.nan if null is None else _upper_quantile(null, self.alpha)
         rank = self._rank(values, threshold, sums.name, caller)
@@ -221,7 +273,7 @@ class Solver:
         """Largest singular values of the contrasts of permuted labels."""
         if self.rank != "null" or sums.permuted is None:
             return None
-        contrasts = sums.permuted.contrasts(self.center, sums.moments.weights, totals)
+        contrasts = sums.permuted.contrasts(self.center, totals)
         found = [float(contrast_spectrum(c, *squares).singular_values[0]) for c in contrasts]
         return np.asarray(found)
 
@@ -232,7 +284,7 @@ class Solver:
             return energy_rank(values, self.rank)
         present = int((values > _ROUNDING * values[0]).sum())
         if int(self.rank) > present:
-            raise ValueError(
+            raise NoContrastError(
                 f"{caller}: rank={self.rank} components of feature {name!r} are asked for, and its "
                 f"contrast has {present} directions; lower the rank"
             )

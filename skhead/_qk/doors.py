@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.utils import check_random_state
+from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import validate_data
 
 from skhead.exceptions import DegenerateHeadError, HeadShapeError
@@ -16,7 +16,9 @@ __all__ = ["generator", "open_pairs", "open_vectors", "refuse_not_finite"]
 
 
 def generator(random_state: Any) -> np.random.Generator:
-    """A numpy Generator from what scikit-learn takes for a seed."""
+    """A numpy Generator from what scikit-learn takes for a seed, or from another one."""
+    if isinstance(random_state, np.random.Generator):
+        return random_state
     return np.random.default_rng(check_random_state(random_state).randint(2**31 - 1))
 
 
@@ -61,6 +63,10 @@ def open_pairs(estimator: Any, X: Any, y: Any, reset: bool) -> QKPairs:
         raise ValueError(
             f"{caller}: requires y to be passed, but the target y is None: an array of pairs needs "
             "y, whether each of them agrees (1) or differs (0)"
+        )
+    if getattr(estimator, "per_class", False):
+        raise ValueError(
+            f"{caller}: per_class=True needs classes that queries look for; pass QKPairs"
         )
     verdicts = np.full(len(array), np.nan) if y is None else _verdicts(y, len(array), caller)
     width = array.shape[1] // 2
@@ -110,7 +116,7 @@ def open_vectors(estimator: Any, X: Any, side: str) -> NDArray[np.floating]:
         If the width is another than the fitted one.
     """
     if not isinstance(X, QKPairs) and np.ndim(X) == 2 and np.shape(X)[1] == estimator.d_head_:
-        return np.asarray(X)
+        return np.asarray(check_array(X, dtype=[np.float64, np.float32], input_name="X"))
     found: NDArray[np.floating] = getattr(open_pairs(estimator, X, None, reset=False), side)
     return found
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from skhead.qk_pairs import QKPairs
 
@@ -181,16 +182,20 @@ def _named(pairs: QKPairs, given: Any, name: str, caller: str) -> NDArray[np.int
 
 @dataclass(frozen=True)
 class Swapped:
-    """Attention of every query on both keys, ``(n, 2)``, and whether each has the most of all."""
+    """Two keys of every query after an exchange, the original and the target.
+
+    Attributes
+    ----------
+    attention : ndarray of shape (n, 2)
+    largest : ndarray of shape (n, 2), bool
+        Whether it has the most attention of all keys.
+    share : ndarray of shape (n,)
+        Share of the target in the attention on both.
+    """
 
     attention: NDArray[np.float64]
     largest: NDArray[np.bool_]
-
-    @property
-    def share(self) -> NDArray[np.float64]:
-        """Share of the target in the attention on both."""
-        found: NDArray[np.float64] = self.attention[:, 1] / self.attention.sum(axis=1)
-        return found
+    share: NDArray[np.float64]
 
 
 def measure_swap(pairs: QKPairs, choices: Choices, basis: NDArray[np.floating]) -> Swapped:
@@ -220,4 +225,5 @@ def measure_swap(pairs: QKPairs, choices: Choices, basis: NDArray[np.floating]) 
     return Swapped(
         weights[places] / totals[choices.queries][:, None],
         logits[places] == highest[choices.queries][:, None],
+        expit(logits[places[:, 1]] - logits[places[:, 0]]),
     )

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
+from skhead._checks import check_count
 from skhead._qk.decomposition import Decomposition
 from skhead._qk.doors import generator, open_pairs, open_vectors
 from skhead._qk.interventions import (
@@ -116,7 +117,7 @@ class FeatureReader(BaseEstimator):
             If two features have the same name, or a decomposer is of another head.
         """
         check_is_fitted(self, "decompositions_")
-        pairs = open_pairs(self, X, None, reset=False)
+        pairs = self._own(open_pairs(self, X, None, reset=False))
         features = self._joined(others)
         scale = pairs.scale if scale is None else scale
         queries = pairs.queries[pairs.query_index].astype(np.float64)
@@ -213,14 +214,15 @@ class FeatureReader(BaseEstimator):
             ``n_queries`` tells.
         n_random : int, default=10
             Random subspaces of each rank; 0 for none.
-        random_state : int, RandomState instance or None, default=None
+        random_state : int, RandomState instance, Generator or None, default=None
             Seeds targets and random subspaces; the estimator's own by default.
 
         Returns
         -------
         DataFrame
             Index ``condition``: "none", each feature, "all" where there are several, and
-            ``"random (rank r)"``. Columns ``rank``, ``rank_share`` (of d_head), mean
+            ``"random (rank r)"``. Attention is that among the keys of the pairs; a model has other
+            tokens besides. Columns ``rank``, ``rank_share`` (of d_head), mean
             ``attention_original`` and ``attention_target``, ``shift`` (mean change of the target's
             share of the attention on both), ``rate_original`` and ``rate_target`` (how often each
             has the most attention), ``flip_rate`` (the original had the most, and the target has it
@@ -240,7 +242,8 @@ class FeatureReader(BaseEstimator):
                 f"{caller}: needs QKPairs, whose queries choose from several keys; got "
                 f"{type(X).__name__}"
             )
-        pairs = open_pairs(self, X, None, reset=False)
+        pairs = self._own(open_pairs(self, X, None, reset=False))
+        check_count("n_random", n_random, caller, smallest=0)
         rng = generator(self.random_state if random_state is None else random_state)
         choices = Choices.of(pairs, original, target, rng, caller)
         bases = {"none": np.zeros((self.d_head_, 0))}
@@ -259,6 +262,15 @@ class FeatureReader(BaseEstimator):
             for name, drawn in draws.items()
         }
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("condition")
+
+    def _own(self, pairs: QKPairs) -> QKPairs:
+        """Pairs, unless they are of another head than the fitted one."""
+        if pairs.head and self.head_ and pairs.head != self.head_:
+            raise ValueError(
+                f"{self._name}: was fitted on {self.head_}, and these pairs are of {pairs.head}; "
+                "heads have no space in common"
+            )
+        return pairs
 
     def _subspace(self, names: Sequence[str], side: str) -> NDArray[np.float64]:
         """What components of some features, or of all, span together, ``(d_head, rank)``."""

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from skhead.exceptions import NoContrastError
 from skhead.qk_pairs import QKPairs
 
 __all__ = ["WEIGHTINGS", "Permutations", "WeightedPairs", "classes_asked", "weigh_pairs"]
@@ -40,10 +41,15 @@ class WeightedPairs:
     strata: NDArray[np.int64]
     n_queries: int
 
-    def permutations(self, n: int, rng: np.random.Generator) -> Iterator[Permutations]:
-        """Kinds and weights exchanged as chance would if the feature meant nothing.
+    def count(self, kind: int) -> int:
+        """Pairs that agree (1) or differ (0)."""
+        return int(np.count_nonzero(self.kinds == kind))
 
-        They are exchanged within strata; where no stratum has pairs of both kinds, among all.
+    def permutations(self, n: int, rng: np.random.Generator) -> Iterator[Permutations]:
+        """Kinds exchanged as chance would if the feature meant nothing.
+
+        Pairs of one stratum exchange their kinds. Strata with pairs of one kind only, such as
+        queries with a single key, exchange theirs as wholes.
 
         Parameters
         ----------
@@ -55,21 +61,41 @@ class WeightedPairs:
         ------
         Permutations
             Some of them at a time.
+
+        Raises
+        ------
+        NoContrastError
+            If no two pairs of different kinds may be exchanged.
         """
         used = np.flatnonzero(self.kinds >= 0)
-        strata, kinds = self.strata[used], self.kinds[used]
-        if not len(np.intersect1d(strata[kinds == 1], strata[kinds == 0])):
-            strata = np.zeros_like(strata)
-        giver = np.argsort(strata, kind="stable")
+        if not used.size:
+            return
+        strata = np.unique(self.strata[used], return_inverse=True)[1]
+        agrees = self.kinds[used] == 1
+        counts = np.bincount(strata)
+        share = np.bincount(strata, agrees) / counts
+        mixed = (share > 0) & (share < 1)
+        inside = np.flatnonzero(mixed[strata])
+        outside = np.flatnonzero(~mixed[strata])
+        of_stratum = share[~mixed]
+        if not inside.size and of_stratum.min() == of_stratum.max():
+            raise NoContrastError(
+                "labels cannot be permuted: all these pairs are of one kind; give pairs of both "
+                "kinds at once, or another rank than 'null'"
+            )
         weights = np.ones(len(used)) if self.weights is None else self.weights[used]
-        places = np.where(kinds[giver] == 1, 0, 1)
-        size = max(1, _NUMBERS // max(1, len(used)))
+        giver = inside[np.argsort(strata[inside], kind="stable")]
+        whole = np.cumsum(~mixed)[strata[outside]] - 1
+        size = max(1, _NUMBERS // len(used))
         for start in range(0, n, size):
             part = slice(start, min(n, start + size))
-            count = part.stop - start
-            receiver = np.argsort(strata + rng.random((count, len(used))), axis=1)
-            assigned = np.zeros((count, 2, len(used)), dtype=np.float32)
-            assigned[np.arange(count)[:, None], places, receiver] = weights[giver]
+            rows = np.arange(part.stop - start)[:, None]
+            assigned = np.zeros((len(rows), 2, len(used)), dtype=np.float32)
+            noise = rng.random((len(rows), len(inside)))
+            receiver = inside[np.argsort(strata[inside] + noise, axis=1)]
+            assigned[rows, np.where(agrees[giver], 0, 1), receiver] = weights[giver]
+            kinds = rng.permuted(np.tile(of_stratum, (len(rows), 1)), axis=1)[:, whole]
+            assigned[rows, np.where(kinds > 0, 0, 1), outside] = weights[outside]
             yield Permutations(part, used, assigned)
 
 
@@ -94,7 +120,11 @@ class Permutations:
 def classes_asked(pairs: QKPairs, column: int) -> list[Any]:
     """Labels that queries look for, in sorted order."""
     labels = pairs.query_labels[:, column]
-    return sorted(pd.unique(labels[~pd.isna(labels)]).tolist())
+    found = pd.unique(labels[~pd.isna(labels)]).tolist()
+    try:
+        return sorted(found)
+    except TypeError:
+        return sorted(found, key=str)
 
 
 def weigh_pairs(pairs: QKPairs, column: int, weighting: str, asked: Any = None) -> WeightedPairs:

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from skhead._checks import check_count
 from skhead.datasets._prompt_text import (
     MarkedText,
     PromptWriter,
     as_prompts,
-    check_count,
     checked_words,
     joined,
     load_prompt_words,
@@ -128,8 +128,8 @@ def make_binding_prompts(
     caller = "make_binding_prompts"
     if contrast not in ("order", "lexical"):
         raise ValueError(f'{caller}: contrast must be "order" or "lexical"; got {contrast!r}')
-    check_count("n_prompts", n_prompts, 1, caller)
-    check_count("n_items", n_items, 2, caller)
+    check_count("n_prompts", n_prompts, caller)
+    check_count("n_items", n_items, caller, smallest=2)
     lexical = contrast == "lexical"
     known = load_prompt_words()["objects"] if objects is None else objects
     used, unused = _split_objects(

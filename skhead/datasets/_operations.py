@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from skhead._checks import check_count
 from skhead._tokenizers import as_encoder, vocabulary_texts
 from skhead.exceptions import SourceNotFoundError
 
@@ -285,7 +286,7 @@ def copying_operation(vocabulary: Any, n_pairs: int = 500, *, min_letters: int =
     [('the', 'the'), ('house', 'house')]
     """
     for name, value in (("n_pairs", n_pairs), ("min_letters", min_letters)):
-        _check_count(name, value, "copying_operation")
+        check_count(name, value, "copying_operation")
     texts = dict.fromkeys(vocabulary_texts(vocabulary, "copying_operation"))
     words = [text[1:] for text in texts if _COPIED.fullmatch(text) and len(text) > min_letters]
     if not words:
@@ -371,7 +372,7 @@ def filter_operations(
     1
     """
     caller = "filter_operations"
-    _check_count("min_pairs", min_pairs, caller)
+    check_count("min_pairs", min_pairs, caller)
     if not isinstance(operations, Mapping) or not operations:
         raise ValueError(
             f"{caller}: operations must be a mapping from names to lists of (source, target) with "
@@ -403,9 +404,3 @@ def filter_operations(
             token_ids[name] = np.array(ids, dtype=np.int64)
     table = pd.DataFrame.from_dict(counts, orient="index")
     return FilteredOperations(kept, token_ids, table.rename_axis("operation"))
-
-
-def _check_count(name: str, value: Any, caller: str) -> None:
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or value < 1:
-        raise ValueError(f"{caller}: {name} must be an integer of at least 1; got {value!r}")

@@ -85,7 +85,8 @@ class PayloadRetrieval:
 
         Sign latents are labelled by their code, the binary number of which they are the digits,
         lowest first; a feature's groups are the codes of the other factor. Normal latents never
-        repeat, so the label is the position, and only `i_star` agrees with the query.
+        repeat, so there is one label, the position, and only `i_star` agrees with the query; to
+        contrast a single factor of them see :func:`make_contrast_pairs`.
 
         Parameters
         ----------
@@ -94,25 +95,27 @@ class PayloadRetrieval:
         Returns
         -------
         skhead.QKPairs
-            A query for each sequence, with the features "z1" and "z2".
+            A query for each sequence, with the features "z1" and "z2", or "position" alone.
         """
         from skhead.qk_pairs import QKPairs
 
         n, length = self.payloads.shape
         groups = None
+        features: tuple[str, ...] = FACTORS
         if self.latent == "sign":
             labels = np.stack([codes_of(self.z1), codes_of(self.z2)], axis=-1)
             groups = labels[..., ::-1].reshape(n * length, 2)
         else:
-            labels = np.broadcast_to(np.arange(length)[:, None], (n, length, 2))
+            labels = np.tile(np.arange(length)[:, None], (n, 1, 1))
+            features = ("position",)
         return QKPairs(
             head.queries(self.query),
             head.keys(self.context).reshape(n * length, -1),
             np.repeat(np.arange(n), length),
             labels[np.arange(n), self.i_star],
-            labels.reshape(n * length, 2),
+            labels.reshape(n * length, -1),
             key_groups=groups,
-            features=FACTORS,
+            features=features,
             head=head.name,
             scale=head.scale,
         )

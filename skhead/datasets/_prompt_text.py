@@ -7,8 +7,6 @@ from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from skhead._tokenizers import as_encoder, front_tokens
 
 if TYPE_CHECKING:
@@ -18,7 +16,6 @@ __all__ = [
     "MarkedText",
     "PromptWriter",
     "as_prompts",
-    "check_count",
     "checked_words",
     "joined",
     "load_prompt_words",
@@ -71,13 +68,6 @@ def split_at(template: Any, field: str, name: str, caller: str) -> tuple[str, st
             f"{caller}: {name} must be a text that holds {field} once; got {template!r}"
         )
     return parts[0], parts[1]
-
-
-def check_count(name: str, value: Any, least: int, caller: str) -> None:
-    """Refuse what is no integer, or too small a one."""
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or value < least:
-        raise ValueError(f"{caller}: {name} must be an integer of at least {least}; got {value!r}")
 
 
 def checked_words(words: Any, what: str, least: int, caller: str) -> list[str]:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from skhead._checks import check_count
 from skhead.datasets._prompt_text import (
     MarkedText,
     PromptWriter,
     as_prompts,
-    check_count,
     checked_words,
     joined,
     load_prompt_words,
@@ -118,7 +118,7 @@ def make_category_prompts(
         ("n_per_category", n_per_category),
         ("n_asked", n_own),
     ):
-        check_count(name, value, 1, caller)
+        check_count(name, value, caller)
     words = _checked_categories(known, max(n_per_category, n_own), caller)
     text = template if template is not None else _CHAT_QUESTION if chat else _QUESTION
     halves = split_at(text, "{items}", "template", caller)

@@ -33,11 +33,11 @@ class FeatureScatterDisplay:
     """Queries and keys in coordinates of the query and the key subspace of a feature.
 
     Made by `from_estimator`. Queries (circles) and keys (squares) have the colour of their label.
-    The two subspaces are not the same, but their components come in pairs: where a query and a key
-    lie on the same side of zero in a coordinate, it adds to their score. So queries lie towards
-    the keys that they look for, if the head finds keys by the feature. Each side is divided
-    by its root mean square, over the coordinates that are drawn. A single coordinate is drawn as
-    two strips, with the labels side by side.
+    The two subspaces are not the same, but their components come in pairs: pairs that agree lie on
+    the same side of zero more than others do. What that does to their score is another question,
+    which the decomposer's ``cross_gram_`` answers: a head may also avoid keys that agree. Each side
+    is divided by its root mean square, over the coordinates that are drawn. A single coordinate is
+    drawn as two strips, with the labels side by side.
 
     Parameters
     ----------

@@ -24,6 +24,8 @@ __all__ = [
 _BLOCK = 1 << 20
 #: Numbers in one block of products of queries with keys.
 _OUTER = 1 << 22
+#: What `ContrastMoments` sums.
+_SUMS = ("cross", "queries", "keys", "weights", "query_squares", "key_squares")
 #: Relative size below which an eigenvalue of a second moment counts as zero.
 _TINY = 1e-10
 
@@ -32,7 +34,8 @@ _TINY = 1e-10
 class ContrastMoments:
     """Sums over pairs of a query and a key: row 0 of those that agree, row 1 of those that differ.
 
-    Sums are float64 (float32 on MPS); products of a block have the precision of the data.
+    Sums are float64 (float32 on MPS). Products of a block have the precision of the data, or
+    float64 where they are to be whitened: dividing by small second moments enlarges rounding.
 
     Parameters
     ----------
@@ -99,6 +102,8 @@ class ContrastMoments:
         ``2 n_keys d_head**2`` flops, three times as many where squares are summed. Keys are read
         once, in blocks.
         """
+        if not len(keys):
+            return
         size = min(len(keys), max(1, _BLOCK // self.d_head))
         gathered = [values.new_empty(size, self.d_head) for values in (queries, keys)]
         with fast_float32_matmul(keys.device):
@@ -117,6 +122,8 @@ class ContrastMoments:
         self, place: int, query: torch.Tensor, key: torch.Tensor, weight: torch.Tensor | None
     ) -> None:
         """Add a block of pairs of one kind."""
+        if self.whiten:
+            query, key = wide(query), wide(key)
         own, weighted = query, key
         if weight is not None:
             weight = weight.to(key.dtype)[:, None]
@@ -142,15 +149,25 @@ class ContrastMoments:
         """
         return _means(self.cross, self.queries, self.keys, self.weights, self.center, totals)
 
+    def merge(self, other: ContrastMoments) -> None:
+        """Add the sums over other pairs."""
+        for name in _SUMS:
+            own = getattr(self, name)
+            if own is not None:
+                own += getattr(other, name)
+
     def squares(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Second moments of queries and of keys, both kinds alike, ``(d_head, d_head)`` each."""
+        """Second moments of queries and of keys of all pairs, ``(d_head, d_head)`` each.
+
+        Which kind a pair is of does not enter, so that permuted labels do not change them.
+        """
         if self.query_squares is None or self.key_squares is None:
             raise ValueError("ContrastMoments: squares were not summed; pass whiten=True")
         found = []
         for squares, sums in ((self.query_squares, self.queries), (self.key_squares, self.keys)):
-            mean = (squares / self.weights[:, None, None]).mean(0)
+            mean = squares.sum(0) / self.weights.sum()
             if self.center:
-                centre = (sums / self.weights[:, None]).mean(0)
+                centre = sums.sum(0) / self.weights.sum()
                 mean = mean - centre[:, None] * centre[None, :]
             found.append(mean)
         return found[0], found[1]
@@ -169,6 +186,7 @@ class PermutedMoments:
     ----------
     cross : Tensor of shape (n_permutations, 2, d_head, d_head)
     queries, keys : Tensor of shape (n_permutations, 2, d_head)
+    weights : Tensor of shape (n_permutations, 2)
     """
 
     n_permutations: int
@@ -177,11 +195,13 @@ class PermutedMoments:
     cross: torch.Tensor = field(init=False)
     queries: torch.Tensor = field(init=False)
     keys: torch.Tensor = field(init=False)
+    weights: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         size = (self.n_permutations, 2, self.d_head)
         self.cross = wide(torch.zeros(*size, self.d_head, device=self.device))
         self.queries, self.keys = (wide(torch.zeros(size, device=self.device)) for _ in range(2))
+        self.weights = self.queries[..., 0].clone()
 
     def add(
         self, permutations: slice, queries: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor
@@ -201,6 +221,7 @@ class PermutedMoments:
         """
         flat = weights.flatten(0, 1).to(keys.dtype)
         shape = weights.shape[:2]
+        self.weights[permutations] += wide(weights).sum(2)
         with fast_float32_matmul(keys.device):
             self.queries[permutations] += wide(flat @ queries).unflatten(0, shape)
             self.keys[permutations] += wide(flat @ keys).unflatten(0, shape)
@@ -211,20 +232,22 @@ class PermutedMoments:
                 product = wide(flat[:, part] @ outer)
                 self.cross[permutations] += product.view(*shape, self.d_head, self.d_head)
 
-    def contrasts(
-        self, center: bool, weights: torch.Tensor, totals: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def merge(self, other: PermutedMoments) -> None:
+        """Add the sums over other pairs."""
+        for name in _SUMS[:4]:
+            own = getattr(self, name)
+            own += getattr(other, name)
+
+    def contrasts(self, center: bool, totals: torch.Tensor | None = None) -> torch.Tensor:
         """Contrasts ``(n_permutations, d_head, d_head)``.
 
         Parameters
         ----------
         center : bool
-        weights : Tensor of shape (2,)
-            Sums of weights, which no permutation changes.
         totals : Tensor of shape (2,) or None
-            What the sums are divided by; `weights` by default.
+            What the sums are divided by; the sums of weights by default.
         """
-        means = _means(self.cross, self.queries, self.keys, weights, center, totals)
+        means = _means(self.cross, self.queries, self.keys, self.weights, center, totals)
         return means[:, 0] - means[:, 1]
 
 
@@ -238,9 +261,10 @@ def _means(
 ) -> torch.Tensor:
     """Mean outer products from sums ``(..., 2, d_head, d_head)``."""
     totals = weights if totals is None else totals
-    found = cross / totals[:, None, None]
+    found = cross / totals[..., None, None]
     if center:
-        found = found - queries[..., None] * keys[..., None, :] / (weights * totals)[:, None, None]
+        sizes = (weights * totals)[..., None, None]
+        found = found - queries[..., None] * keys[..., None, :] / sizes
     return found
 
 

@@ -221,9 +221,11 @@ class TestPairs:
         task = make_payload_retrieval(
             40, embeddings=head.embeddings, latent="gaussian", random_state=1
         )
-        agreement = task.pairs(head).agreement.reshape(40, 16, 2)
+        pairs = task.pairs(head)
+        assert pairs.features == ("position",)
+        agreement = pairs.agreement.reshape(40, 16)
         assert (agreement.sum(axis=1) == 1).all()
-        assert np.array_equal(agreement[..., 0].argmax(axis=1), task.i_star)
+        assert np.array_equal(agreement.argmax(axis=1), task.i_star)
 
 
 class TestContrastPairs:

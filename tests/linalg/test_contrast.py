@@ -62,16 +62,25 @@ def test_moments_do_not_depend_on_how_pairs_arrive(dtype):
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_squares_are_those_of_both_kinds_alike():
+def test_squares_do_not_depend_on_kinds():
     queries, keys = draw(40, D), draw(40, D, seed=1)
     kinds = torch.arange(40) % 4 // 3
-    found, _ = summed(queries, keys, kinds, center=False).squares()
-    each = [
-        queries[kinds == kind].T @ queries[kinds == kind] / (kinds == kind).sum() for kind in (0, 1)
-    ]
-    torch.testing.assert_close(found, sum(each) / 2)
+    found, other = summed(queries, keys, kinds, center=False).squares()
+    torch.testing.assert_close(found, queries.T @ queries / 40)
+    torch.testing.assert_close(other, keys.T @ keys / 40)
+    centred, _ = summed(queries, keys, kinds).squares()
+    torch.testing.assert_close(centred, torch.cov(queries.T, correction=0))
     with pytest.raises(ValueError, match="squares were not summed"):
         summed(queries, keys, kinds, whiten=False).squares()
+
+
+def test_sums_over_parts_merge():
+    queries, keys = draw(60, D), draw(60, D, seed=1)
+    kinds = (draw(60, seed=2) > 0).long()
+    whole, first = summed(queries, keys, kinds), summed(queries[:20], keys[:20], kinds[:20])
+    first.merge(summed(queries[20:], keys[20:], kinds[20:]))
+    for name in ("cross", "queries", "keys", "weights", "query_squares", "key_squares"):
+        torch.testing.assert_close(getattr(first, name), getattr(whole, name))
 
 
 def test_permuted_moments_are_moments_of_permuted_kinds():
@@ -80,12 +89,14 @@ def test_permuted_moments_are_moments_of_permuted_kinds():
     kinds = [(draw(30, seed=5 + i) > 0).long() for i in range(3)]
     for i, kind in enumerate(kinds):
         weights[i, 0], weights[i, 1] = kind, 1 - kind
-    permuted = PermutedMoments(5, D, CPU)
-    permuted.add(slice(2, 5), queries, keys, weights)
+    permuted, part = PermutedMoments(5, D, CPU), PermutedMoments(5, D, CPU)
+    permuted.add(slice(2, 5), queries[:10], keys[:10], weights[..., :10])
+    part.add(slice(2, 5), queries[10:], keys[10:], weights[..., 10:])
+    permuted.merge(part)
     for i, kind in enumerate(kinds):
         single = summed(queries, keys, kind)
         expected = single.means()[0] - single.means()[1]
-        found = permuted.contrasts(True, single.weights)[2 + i]
+        found = permuted.contrasts(True)[2 + i]
         torch.testing.assert_close(found, expected)
 
 
