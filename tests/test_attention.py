@@ -455,7 +455,7 @@ def test_prompts_that_do_not_fit(induction):
     [
         ({"head": None}, ValueError, "without the label of a head; name it, such as head='L4H7'"),
         ({"head": "L9H0"}, HeadTableError, "'L9H0' is no head"),
-        ({"n_random": -1}, ValueError, "n_random must be an integer of at least 0, got -1"),
+        ({"n_random": -1}, ValueError, "n_random must be an integer of at least 0; got -1"),
         ({"conditions": ["f9"]}, ValueError, r"some of none, f0, all; got \['f9'\]"),
         ({"conditions": "f0"}, ValueError, "must be a list of some of none, f0, all"),
         ({"conditions": []}, ValueError, "must be a list of some of none, f0, all"),
