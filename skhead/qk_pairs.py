@@ -246,7 +246,7 @@ class QKPairs(Frozen):
         Parameters
         ----------
         name : str
-            One of `features`.
+            One of ``features``.
 
         Returns
         -------

@@ -18,7 +18,7 @@ __all__ = ["QKPrompts"]
 class QKPrompts:
     """Token sequences, each with the position of one query and those of its keys, labelled.
 
-    Made by the prompt builders of `skhead.datasets`, and taken by `collect_qk`, which turns them
+    Made by the prompt builders of ``skhead.datasets``, and taken by `collect_qk`, which turns them
     into the `QKPairs` of a head. Indexing selects prompts.
 
     Parameters

@@ -73,7 +73,7 @@ def analyse_superposition(head: PayloadHead) -> SuperpositionReport:
     ----------
     head : PayloadHead
         Trained or in closed form. The embeddings must be known, so this is for heads of
-        :mod:`skhead.datasets`, not for those of language models.
+        ``skhead.datasets``, not for those of language models.
 
     Returns
     -------

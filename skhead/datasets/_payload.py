@@ -29,7 +29,7 @@ _SIZES = {"r1": 3, "r2": 5, "n_payloads": 10, "d_model": 32}
 
 @dataclass(frozen=True, eq=False)
 class PayloadRetrieval:
-    """Sequences of :func:`make_payload_retrieval`, with all that made them.
+    """Sequences of :func:`~skhead.datasets.make_payload_retrieval`, with all that made them.
 
     Attributes
     ----------

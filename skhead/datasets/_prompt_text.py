@@ -24,7 +24,7 @@ __all__ = [
 
 
 def load_prompt_words() -> dict[str, Any]:
-    """Words that :func:`make_category_prompts` and :func:`make_binding_prompts` use by default.
+    """Words that the builders of prompts use by default.
 
     Returns
     -------
