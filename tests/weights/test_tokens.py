@@ -293,11 +293,13 @@ class _Recorder:
             for norm in ("q_norm", "k_norm"):
                 if hasattr(attention, norm):
                     setattr(attention, norm, torch.nn.Identity())
-            if spec.config == "GPTJConfig":
-                self._wrap_gptj(attention)
+        # Older GPT-J models attend by a method of their own, newer ones by the interface of all.
+        own = [module for module in model.modules() if hasattr(module, "_attn")]
+        for attention in own:
+            self._wrap_gptj(attention)
         if spec.config == "FalconConfig":
             self._wrap_falcon(patch)
-        elif spec.config != "GPTJConfig":
+        elif not own:
             transformers.AttentionInterface.register("skhead_rotary", self._attend)
             for module in model.modules():
                 if hasattr(module, "config") and hasattr(module.config, "_attn_implementation"):
