@@ -16,6 +16,7 @@ from skhead._base import ANONYMOUS, HeadInput, defined_pairs, open_door
 from skhead.containers import Subspaces
 from skhead.exceptions import DegenerateHeadError, HeadShapeError
 from skhead.linalg.alignments import Measure, cross_measures
+from skhead.linalg.stacks import Stack
 from skhead.weights import head_labels
 
 __all__ = [
@@ -36,23 +37,23 @@ class Sides:
 
     Attributes
     ----------
-    rows : list of Tensor of shape (n_distinct, d_model, width)
-    columns : list of Tensor or None
+    rows : sequence of Tensor or StoredStack, of shape (n_distinct, d_model, width)
+    columns : sequence of Tensor or StoredStack, or None
         None where the rows are compared with themselves.
     blocks : dict of str to (int, int)
         By pair kind, the position of its stacks.
     """
 
-    rows: list[torch.Tensor]
-    columns: list[torch.Tensor] | None
+    rows: Sequence[Stack]
+    columns: Sequence[Stack] | None
     blocks: dict[str, tuple[int, int]]
 
     @classmethod
     def of(
         cls,
         pairs: Sequence[str],
-        rows: Callable[[str], torch.Tensor],
-        columns: Callable[[str], torch.Tensor] | None,
+        rows: Callable[[str], Stack],
+        columns: Callable[[str], Stack] | None,
     ) -> Sides:
         """Stacks of the roles that the pair kinds name, brought to one dtype.
 
@@ -72,7 +73,7 @@ class Sides:
         blocks = {pair: (first.index(pair[0]), second.index(pair[1])) for pair in pairs}
         return cls([x.to(dtype) for x in left], [x.to(dtype) for x in right], blocks)
 
-    def stacks(self, pair: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def stacks(self, pair: str) -> tuple[Stack, Stack]:
         """The two stacks of a pair kind."""
         i, j = self.blocks[pair]
         return self.rows[i], (self.rows if self.columns is None else self.columns)[j]

@@ -277,7 +277,7 @@ class SignflipNull(NullLaw):
         for pair in similarity.pairs:
             sides = (rows.role(pair[0]), columns.role(pair[1]))
             means = [
-                mean_projector(s.vectors, np.bincount(s.index, minlength=len(s.vectors))).matrix
+                mean_projector(s.tensor, np.bincount(s.index, minlength=len(s.vectors))).matrix
                 for s in sides
             ]
             self._axes[pair] = pooled_eigenbasis(*means)
@@ -286,7 +286,7 @@ class SignflipNull(NullLaw):
         pair = similarity.pairs[p]
         rows, columns = _subspaces(similarity)
         row, column = rows.role(pair[0]), columns.role(pair[1])
-        moments = signflip_moments(row.vectors, column.vectors, self._axes[pair])
+        moments = signflip_moments(row.tensor, column.tensor, self._axes[pair])
         at = np.ix_(row.index, column.index)
         if not (moments.variance[at][~np.isnan(scores)] > _LEAST_VARIANCE).all():
             raise HeadShapeError(
@@ -364,7 +364,7 @@ class _FittedSide:
                 if (role, int(group)) not in self._means:
                     used = basis.index[self._groups == group]
                     weights = np.bincount(used, minlength=len(basis.vectors))
-                    self._means[role, int(group)] = mean_projector(basis.vectors, weights)
+                    self._means[role, int(group)] = mean_projector(basis.tensor, weights)
 
     def mean(self, role: str, group: int) -> MeanProjector:
         """Mean projector of a role and group."""
@@ -444,4 +444,4 @@ def _groups(heads: pd.DataFrame, by_layer: bool) -> NDArray[np.int64]:
 
 
 def _traces(basis: RoleBases, matrix: torch.Tensor) -> FloatArray:
-    return projector_traces(basis.vectors, matrix)[basis.index]
+    return projector_traces(basis.tensor, matrix)[basis.index]

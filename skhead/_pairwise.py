@@ -42,6 +42,7 @@ from skhead.containers import Similarity, Subspaces, feature_names
 from skhead.exceptions import HeadShapeError, MemoryBudgetError
 from skhead.linalg.alignments import Measure, unit_stack
 from skhead.linalg.kernels import overlap_blocks
+from skhead.linalg.stacks import Stack
 
 __all__ = [
     "LAYER_ORDERS",
@@ -225,7 +226,7 @@ class SubspaceKernel(PairwiseKernel):
             )
         )  # fmt: skip
 
-    def _stack(self, subspaces: Subspaces, role: str) -> torch.Tensor:
+    def _stack(self, subspaces: Subspaces, role: str) -> Stack:
         vectors = subspaces.role(role).vectors
         return vectors if self.device is None else vectors.to(self.device)
 

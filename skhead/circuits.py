@@ -474,7 +474,7 @@ def identity_scores(
     parts = []
     for start in range(0, len(source.heads), _CHUNK):
         rows = slice(start, start + _CHUNK)
-        v, o = (_heads_of(basis.vectors, basis.index[rows]) for basis in bases)
+        v, o = (_heads_of(basis.tensor, basis.index[rows]) for basis in bases)
         w_v, w_o = (_heads_of(read.tensor, read.index[rows]) for read in matrices)
         found = identity_parts(v, o, w_v, w_o, torch.as_tensor(ranks[rows], device=w_v.device))
         parts.append(torch.stack(found, dim=1).cpu().numpy())

@@ -301,7 +301,7 @@ class SubspaceReadout(HeadEstimator):
                 f"{others[0]}; fit another one for them"
             )
         basis = subspaces.role(role)
-        return basis.vectors, basis.index, subspaces.heads
+        return basis.tensor, basis.index, subspaces.heads
 
     def _score_blocks(self, bases: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """Columns and scores ``(n_bases, n_columns)`` of some tokens at a time."""

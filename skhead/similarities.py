@@ -13,6 +13,7 @@ from skhead._compared import Compared, Measured
 from skhead._pairwise import LAYER_ORDERS, SubspaceKernel, WeightKernel
 from skhead.linalg.alignments import Measure, gram_sizes, nuclear_norms
 from skhead.linalg.angles import GRASSMANN_METRICS, AngleDistance, largest_distance
+from skhead.linalg.stacks import dense
 from skhead.stats.haar import haar_moments
 from skhead.stats.orientation import oriented_overlap_moments, root_moments
 
@@ -383,7 +384,7 @@ class GrassmannDistance(SubspaceKernel):
 
     def _angles(self, compared: Compared, pair: str) -> tuple[Measure, int]:
         ranks = (torch.from_numpy(x) for x in self._distinct_ranks(compared, pair))
-        measure = AngleDistance(self.metric, *compared.sides.stacks(pair), *ranks)
+        measure = AngleDistance(self.metric, *map(dense, compared.sides.stacks(pair)), *ranks)
         return measure, measure.scratch_bytes
 
     def _distinct_ranks(
@@ -412,7 +413,7 @@ def _gram_sizes(compared: Compared) -> tuple[NDArray[np.float64], NDArray[np.flo
         stacks = compared.sides.stacks(pair)
         for side, stack, index in zip(sizes, stacks, compared.index(pair), strict=True):
             if id(stack) not in known:
-                known[id(stack)] = gram_sizes(stack).cpu().numpy()
+                known[id(stack)] = gram_sizes(dense(stack)).cpu().numpy()
             side.append(known[id(stack)][index])
     rows, columns = (np.stack(side, axis=1) for side in sizes)
     return rows, columns

@@ -114,7 +114,7 @@ def _layer_usage(
             "role": role,
             "n_heads": len(ranks),
         }
-        rows.append(keys | _usage(per_head(basis.vectors, basis.index), ranks, earlier))
+        rows.append(keys | _usage(per_head(basis.tensor, basis.index), ranks, earlier))
     return rows
 
 

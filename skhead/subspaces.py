@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from skhead._frozen import Frozen, row_positions
 from skhead.exceptions import HeadShapeError
+from skhead.linalg.stacks import Stack, dense
 
 __all__ = ["RoleBases", "Subspaces"]
 
@@ -23,30 +24,39 @@ class RoleBases(Frozen):
 
     Attributes
     ----------
-    vectors : Tensor of shape (n_distinct, d_model, max_rank)
-        Orthonormal columns; those past the rank are zero.
+    vectors : Tensor or StoredStack of shape (n_distinct, d_model, max_rank)
+        Orthonormal columns; those past the rank are zero. Bases that lie in a cache are read when
+        they are used.
     ranks : ndarray of shape (n_distinct,), int64
     index : ndarray of shape (n_heads,), int64
         Row of `vectors` that each head uses: grouped-query heads share keys and values, and layers
         may share all their weights.
     """
 
-    vectors: torch.Tensor
+    vectors: Stack
     ranks: NDArray[np.int64]
     index: NDArray[np.int64]
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """`vectors` in memory, all of them."""
+        return dense(self.vectors)
 
     def take(self, rows: NDArray[np.int64]) -> RoleBases:
         """Bases of some of the heads, without those that none of them uses."""
         used, index = np.unique(self.index[rows], return_inverse=True)
-        return RoleBases(
-            self.vectors[torch.as_tensor(used, device=self.vectors.device)],
-            self.ranks[used],
-            index.astype(np.int64),
-        )
+        vectors = self.vectors
+        part: Stack
+        if isinstance(vectors, torch.Tensor):
+            part = vectors[torch.as_tensor(used, device=vectors.device)]
+        else:
+            part = vectors.take(used)
+        return RoleBases(part, self.ranks[used], index.astype(np.int64))
 
     @staticmethod
     def _thaw(name: str, value: Any) -> Any:
-        return torch.from_numpy(value) if name == "vectors" else value
+        in_memory = name == "vectors" and isinstance(value, np.ndarray)
+        return torch.from_numpy(value) if in_memory else value
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +170,7 @@ class Subspaces(Frozen):
             Orthonormal columns; those past a head's rank are zero.
         """
         basis = self.role(role)
-        return basis.vectors.cpu().numpy()[basis.index]
+        return basis.tensor.cpu().numpy()[basis.index]
 
     def __repr__(self) -> str:
         ranks = np.concatenate([basis.ranks for basis in self.bases.values()])

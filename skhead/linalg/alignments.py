@@ -17,6 +17,7 @@ import torch
 from skhead.exceptions import MemoryBudgetError
 from skhead.linalg.factored import frobenius_norms
 from skhead.linalg.precision import fast_float32_matmul, wide
+from skhead.linalg.stacks import Stack
 
 __all__ = [
     "Measure",
@@ -137,8 +138,8 @@ def nuclear_norms(cross: torch.Tensor, *_positions: torch.Tensor) -> torch.Tenso
 
 
 def cross_measures(
-    rows: torch.Tensor,
-    columns: torch.Tensor,
+    rows: Stack,
+    columns: Stack,
     wanted: torch.Tensor,
     measure: Measure,
     *,
@@ -150,7 +151,7 @@ def cross_measures(
 
     Parameters
     ----------
-    rows, columns : Tensor of shape (n_rows, d_model, r), (n_columns, d_model, s)
+    rows, columns : Tensor or StoredStack, of shape (n_rows, d_model, r), (n_columns, d_model, s)
         Factors of the heads, of one dtype.
     wanted : Tensor of shape (n_rows, n_columns), bool
         Which pairs to measure.
@@ -195,9 +196,7 @@ def cross_measures(
     return out
 
 
-def _tile(
-    rows: torch.Tensor, columns: torch.Tensor, max_memory: int, reserved: int
-) -> tuple[int, int]:
+def _tile(rows: Stack, columns: Stack, max_memory: int, reserved: int) -> tuple[int, int]:
     """Heads on each side of a tile that fits into the budget."""
     (_, d_model, r), s = rows.shape, columns.shape[2]
     itemsize = rows.element_size()

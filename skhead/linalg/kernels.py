@@ -19,14 +19,22 @@ once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from skhead.exceptions import MemoryBudgetError
-from skhead.linalg.factored import frobenius_norms
 from skhead.linalg.precision import fast_float32_matmul, wide
+from skhead.linalg.stacks import (
+    Stack,
+    StoredStack,
+    copy_panel,
+    copy_transposed,
+    new_empty,
+    stack_norms,
+)
 
 __all__ = ["OverlapPlan", "overlap_blocks", "plan_overlaps"]
 
@@ -69,8 +77,8 @@ class OverlapPlan:
 
 
 def plan_overlaps(
-    rows: Sequence[torch.Tensor],
-    columns: Sequence[torch.Tensor] | None,
+    rows: Sequence[Stack],
+    columns: Sequence[Stack] | None,
     blocks: Sequence[Block],
     max_memory: int,
     method: str = "auto",
@@ -111,8 +119,8 @@ def plan_overlaps(
 
 
 def overlap_blocks(
-    rows: Sequence[torch.Tensor],
-    columns: Sequence[torch.Tensor] | None,
+    rows: Sequence[Stack],
+    columns: Sequence[Stack] | None,
     blocks: Sequence[Block],
     *,
     max_memory: int = 2**30,
@@ -123,9 +131,10 @@ def overlap_blocks(
 
     Parameters
     ----------
-    rows : sequence of Tensor of shape (n_heads_i, d_model, rank_i)
-        Factor stacks, one per role; a head of smaller rank has zero columns.
-    columns : sequence of Tensor or None
+    rows : sequence of Tensor or StoredStack of shape (n_heads_i, d_model, rank_i)
+        Factor stacks, one per role; a head of smaller rank has zero columns. Of a stack that lies
+        in files, a panel of rows (packed) or a tile of heads (direct) is in memory at a time.
+    columns : sequence of Tensor or StoredStack, or None
         As `rows`; None compares `rows` with themselves and computes each unordered block once.
     blocks : sequence of (int, int)
         Which row stack against which column stack.
@@ -175,8 +184,8 @@ def _runs(todo: Sequence[Block]) -> list[tuple[int, int, int]]:
 
 
 def _plan_packed(
-    rows: Sequence[torch.Tensor],
-    columns: Sequence[torch.Tensor] | None,
+    rows: Sequence[Stack],
+    columns: Sequence[Stack] | None,
     blocks: Sequence[Block],
     max_memory: int,
 ) -> OverlapPlan:
@@ -203,8 +212,8 @@ def _plan_packed(
 
 
 def _packed(
-    rows: Sequence[torch.Tensor],
-    columns: Sequence[torch.Tensor] | None,
+    rows: Sequence[Stack],
+    columns: Sequence[Stack] | None,
     blocks: Sequence[Block],
     plan: OverlapPlan,
     report: Callable[[float], None],
@@ -246,7 +255,7 @@ class _PackedSide:
     put back in closed form: it carries most of the sum, and rounding is then relative to the rest.
     """
 
-    def __init__(self, stacks: Sequence[torch.Tensor], plan: OverlapPlan) -> None:
+    def __init__(self, stacks: Sequence[Stack], plan: OverlapPlan) -> None:
         self.stacks = stacks
         self.d_model = stacks[0].shape[1]
         self.counts = [len(stack) for stack in stacks]
@@ -254,11 +263,11 @@ class _PackedSide:
         self.width = plan.width
         self.n_panels = -(-self.d_model // self.width)
         first = stacks[0]
-        self._traces = torch.cat([frobenius_norms(stack) for stack in stacks]).square()
+        self._traces = torch.cat([stack_norms(stack) for stack in stacks]).square()
         self._levels = (self._traces / self.d_model).to(first.dtype)
-        self._packed = first.new_empty(self.starts[-1] * self.width**2)
+        self._packed = new_empty(first, self.starts[-1] * self.width**2)
         total_rank = sum(len(stack) * stack.shape[2] for stack in stacks)
-        self._copies = first.new_empty(2, total_rank * self.width)
+        self._copies = new_empty(first, 2, total_rank * self.width)
         self._rows: list[torch.Tensor] = []
 
     def span(self, first: int, stop: int) -> slice:
@@ -284,38 +293,45 @@ class _PackedSide:
     def _panels(self, p: int, slot: int) -> list[torch.Tensor]:
         """Contiguous copies of some rows of every factor; a strided batch would slow the GEMM."""
         panels, start = [], 0
+        rows = slice(p * self.width, min((p + 1) * self.width, self.d_model))
         for stack in self.stacks:
-            source = stack[:, p * self.width : (p + 1) * self.width]
-            target = self._copies[slot, start : start + source.numel()].view(source.shape)
-            panels.append(target.copy_(source))
-            start += source.numel()
+            shape = len(stack), rows.stop - rows.start, stack.shape[2]
+            panel = self._copies[slot, start : start + math.prod(shape)].view(shape)
+            copy_panel(stack, rows, panel)
+            panels.append(panel)
+            start += panel.numel()
         return panels
 
     def identity_part(self, other: _PackedSide, rows: slice, columns: slice) -> torch.Tensor:
         """What taking the identity out of both sides has left out of their inner products."""
         a, b = wide(self._levels[rows, None]), wide(other._levels[None, columns])
         trace_a, trace_b = self._traces[rows, None], other._traces[None, columns]
-        return a * trace_b + b * trace_a - a * b * self.d_model
+        part: torch.Tensor = (a @ (trace_b - b * self.d_model)).addmm_(trace_a, b)
+        return part
 
 
 def _plan_direct(
-    rows: Sequence[torch.Tensor],
-    columns: Sequence[torch.Tensor],
+    rows: Sequence[Stack],
+    columns: Sequence[Stack],
     blocks: Sequence[Block],
     max_memory: int,
 ) -> OverlapPlan:
     d_model, itemsize = rows[0].shape[1], rows[0].element_size()
     todo = _unordered(blocks, columns is rows)
-    flops = sum(2.0 * d_model * rows[i][:, 0].numel() * columns[j][:, 0].numel() for i, j in todo)
+
+    def area(stack: Stack) -> int:
+        return len(stack) * stack.shape[2]
+
+    flops = sum(2.0 * d_model * area(rows[i]) * area(columns[j]) for i, j in todo)
     r = max(rows[i].shape[2] for i, _ in todo)
     s = max(columns[j].shape[2] for _, j in todo)
+    single = max(r, s) if any(isinstance(x, StoredStack) for x in [*rows, *columns]) else 0
     n_rows = min(max(len(rows[i]) for i, _ in todo), max(_WIDEST_TILE // r, 1))
     n_columns = min(max(len(columns[j]) for _, j in todo), max(_WIDEST_TILE // s, 1))
 
     def scratch() -> int:
-        return itemsize * (
-            d_model * (n_rows * r + n_columns * s) + n_rows * r * n_columns * (s + 1)
-        )
+        tiles = d_model * (n_rows * r + n_columns * s + single)
+        return itemsize * (tiles + n_rows * r * n_columns * (s + 1))
 
     while scratch() > max_memory and max(n_rows, n_columns) > 1:
         if n_rows >= n_columns:
@@ -326,8 +342,8 @@ def _plan_direct(
 
 
 def _direct(
-    rows: Sequence[torch.Tensor],
-    columns: Sequence[torch.Tensor] | None,
+    rows: Sequence[Stack],
+    columns: Sequence[Stack] | None,
     blocks: Sequence[Block],
     plan: OverlapPlan,
     report: Callable[[float], None],
@@ -341,23 +357,23 @@ def _direct(
     return _as_asked(blocks, finished)
 
 
-def _direct_block(a: torch.Tensor, b: torch.Tensor, plan: OverlapPlan) -> torch.Tensor:
-    out = a.new_empty(len(a), len(b))
+def _direct_block(a: Stack, b: Stack, plan: OverlapPlan) -> torch.Tensor:
+    out = new_empty(a, len(a), len(b))
     (_, d_model, r), s = a.shape, b.shape[2]
     n_rows, n_columns = min(plan.width, len(a)), min(plan.column_width, len(b))
-    left_buffer = a.new_empty(n_rows * r * d_model)
-    right_buffer = a.new_empty(n_columns * s * d_model)
-    cross_buffer = a.new_empty(n_rows * r * n_columns * s)
+    left_buffer = new_empty(a, n_rows, r, d_model)
+    right_buffer = new_empty(a, n_columns, s, d_model)
+    cross_buffer = new_empty(a, n_rows * r * n_columns * s)
     for start in range(0, len(a), n_rows):
-        tile = a[start : start + n_rows]
-        left = left_buffer[: tile.numel()].view(len(tile), r, d_model).copy_(tile.mT)
+        tile = slice(start, min(start + n_rows, len(a)))
+        left = left_buffer[: tile.stop - start]
+        copy_transposed(a, tile, left)
         for first in range(0, len(b), n_columns):
-            other = b[first : first + n_columns]
-            right = right_buffer[: other.numel()].view(len(other), s, d_model).copy_(other.mT)
-            cross = cross_buffer[: len(tile) * r * len(other) * s].view(len(tile) * r, -1)
+            other = slice(first, min(first + n_columns, len(b)))
+            right = right_buffer[: other.stop - first]
+            copy_transposed(b, other, right)
+            cross = cross_buffer[: len(left) * r * len(right) * s].view(len(left) * r, -1)
             torch.mm(left.flatten(0, 1), right.flatten(0, 1).mT, out=cross)
-            sums = cross.square_().view(len(tile) * r, len(other), s).sum(2)
-            out[start : start + len(tile), first : first + len(other)] = sums.view(
-                len(tile), r, len(other)
-            ).sum(1)
+            sums = cross.square_().view(len(left) * r, len(right), s).sum(2)
+            out[tile, other] = sums.view(len(left), r, len(right)).sum(1)
     return out
