@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,9 +21,17 @@ from tqdm import tqdm
 from skhead.containers import RoleBases, Subspaces, head_codes
 from skhead.exceptions import DegenerateHeadError, HeadShapeError, ProvenanceMismatchError
 from skhead.linalg.bases import orthonormal_bases
-from skhead.weights import RoleStack, check_heads, head_labels, read_role
+from skhead.weights import (
+    CachedBases,
+    RoleStack,
+    cached_bases,
+    check_heads,
+    head_labels,
+    read_role,
+)
 
 __all__ = [
+    "Cache",
     "HeadEstimator",
     "HeadInput",
     "as_subspaces",
@@ -237,6 +246,46 @@ def _table_of_stack(stack: torch.Tensor) -> pd.DataFrame:
     )
 
 
+@dataclass(frozen=True)
+class Cache:
+    """Where bases are kept, and what computing them may take.
+
+    Attributes
+    ----------
+    directory : path-like
+    max_memory : int
+        Bytes.
+    """
+
+    directory: str | os.PathLike[str]
+    max_memory: int
+
+    def bases(
+        self,
+        heads: pd.DataFrame,
+        role: str,
+        rank: int | float | None,
+        fold_norm: bool,
+        center: bool,
+        device: torch.device | str | None,
+        caller: str,
+    ) -> CachedBases:
+        """Bases of one role, computed where they are not there yet; see `cached_bases`."""
+        with progress_fraction(f"{caller}: {role}") as progress:
+            return cached_bases(
+                heads,
+                role,
+                rank=rank,
+                fold_norm=fold_norm,
+                center=center,
+                device=default_device() if device is None else torch.device(device),
+                cache=self.directory,
+                max_memory=self.max_memory,
+                caller=caller,
+                progress=progress,
+            )
+
+
 def extract_subspaces(
     source: HeadInput,
     roles: Sequence[str],
@@ -246,8 +295,9 @@ def extract_subspaces(
     center: bool,
     device: torch.device | str | None,
     caller: str,
+    cache: Cache | None = None,
 ) -> Subspaces:
-    """Orthonormal bases of every head and role.
+    """Orthonormal bases of every head and role, in memory or in a cache.
 
     Raises
     ------
@@ -256,6 +306,11 @@ def extract_subspaces(
     """
     bases = {}
     for role in progress_bar(roles, "bases", unit="role"):
+        if cache is not None:
+            stored = cache.bases(source.heads, role, rank, fold_norm, center, device, caller)
+            _refuse_zero(stored.ranks, stored.index, source.heads, role, caller)
+            bases[role] = RoleBases(stored.stack, stored.ranks, stored.index)
+            continue
         read = source.read(role, fold_norm=fold_norm, center=center, device=device)
         own = source.stacks is None
         found = orthonormal_bases(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "CacheError",
     "CheckpointError",
     "ConfigMismatchError",
     "DegenerateHeadError",
@@ -36,6 +37,10 @@ class DegenerateHeadError(SkheadError, ValueError):
 
 class MemoryBudgetError(SkheadError, ValueError, MemoryError):
     """The memory allowed is less than the smallest piece of the work needs."""
+
+
+class CacheError(SkheadError, ValueError, OSError):
+    """A directory that keeps bases cannot be written, or what it kept has changed while in use."""
 
 
 class UnsupportedLayoutError(SkheadError, ValueError):

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.utils.validation import check_is_fitted
 
-from skhead._base import ANONYMOUS, ROLES, HeadEstimator, HeadInput, extract_subspaces, open_door
+from skhead._base import (
+    ANONYMOUS,
+    ROLES,
+    Cache,
+    HeadEstimator,
+    HeadInput,
+    extract_subspaces,
+    open_door,
+    parse_bytes,
+)
 from skhead.containers import Subspaces
 from skhead.exceptions import HeadShapeError
 
@@ -38,6 +48,14 @@ class SubspaceExtractor(HeadEstimator, auto_wrap_output_keys=None):  # type: ign
         Subtract from every residual vector of the weights its mean over d_model.
     device : str, torch.device or None, default=None
         Where to compute; None means the input's device, or the GPU if there is one.
+    cache : str, path-like or None, default=None
+        Directory in which the bases of a heads table are kept as files, for models whose bases do
+        not fit into memory. Bases that are there are not computed again, whether they come from
+        this run, an interrupted one or another process; those of weights that have changed since,
+        or of other parameters, are never used. None keeps all bases in memory.
+    max_memory : int or str, default="1GiB"
+        With a cache, the memory that computing the bases may take, beside the heads table. The
+        heads of a layer that takes more are processed in groups.
 
     Attributes
     ----------
@@ -69,12 +87,16 @@ class SubspaceExtractor(HeadEstimator, auto_wrap_output_keys=None):  # type: ign
         fold_norm: bool = False,
         center: bool = False,
         device: str | torch.device | None = None,
+        cache: str | os.PathLike[str] | None = None,
+        max_memory: int | str = "1GiB",
     ) -> None:
         self.roles = roles
         self.rank = rank
         self.fold_norm = fold_norm
         self.center = center
         self.device = device
+        self.cache = cache
+        self.max_memory = max_memory
 
     def fit(self, X: Any, y: Any = None) -> SubspaceExtractor:
         """Check the heads and remember their width; nothing else is learned.
@@ -160,7 +182,17 @@ class SubspaceExtractor(HeadEstimator, auto_wrap_output_keys=None):  # type: ign
             center=self.center,
             device=self.device,
             caller=type(self).__name__,
+            cache=self._open_cache(),
         )
+
+    def _open_cache(self) -> Cache | None:
+        name = type(self).__name__
+        max_memory = parse_bytes(self.max_memory, name)
+        if self.cache is None:
+            return None
+        if not isinstance(self.cache, str | os.PathLike) or not os.fspath(self.cache):
+            raise ValueError(f"{name}: cache must be None or a directory; got {self.cache!r}")
+        return Cache(self.cache, max_memory)
 
     def _roles_of(self, source: HeadInput) -> tuple[str, ...]:
         name = type(self).__name__
@@ -168,6 +200,11 @@ class SubspaceExtractor(HeadEstimator, auto_wrap_output_keys=None):  # type: ign
             raise ValueError(
                 f"{name}: fold_norm and center need the model's norms; a stack has none, "
                 "so pass a heads table or process the stack yourself"
+            )
+        if source.stacks is not None and self.cache is not None:
+            raise ValueError(
+                f"{name}: cache keeps the bases of a model that is read from files; a stack is in "
+                "memory already, so leave cache=None"
             )
         if source.anonymous:
             return (ANONYMOUS,)

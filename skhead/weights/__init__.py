@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from skhead.weights.basis_cache import CachedBases, cached_bases
 from skhead.weights.labels import head_labels
 from skhead.weights.live import register_model, unregister_model
 from skhead.weights.stacks import RoleStack, load_weights, read_role
@@ -16,10 +17,12 @@ from skhead.weights.tokens import Rotary, TokenSpace, read_token_space
 
 __all__ = [
     "HEAD_COLUMNS",
+    "CachedBases",
     "RoleStack",
     "Rotary",
     "SourceInfo",
     "TokenSpace",
+    "cached_bases",
     "check_heads",
     "describe_sources",
     "head_labels",

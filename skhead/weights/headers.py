@@ -6,6 +6,7 @@ The format: eight bytes with the length of the header (little endian), the heade
 
 from __future__ import annotations
 
+import hashlib
 import json
 import reprlib
 import struct
@@ -16,7 +17,7 @@ from typing import Any
 
 from skhead.exceptions import CheckpointError
 
-__all__ = ["TensorInfo", "read_header"]
+__all__ = ["Header", "TensorInfo", "read_header"]
 
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -47,7 +48,28 @@ class TensorInfo:
     file: str
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says of itself.
+
+    Attributes
+    ----------
+    infos : dict of str to TensorInfo
+        In the order of the header.
+    metadata : dict of str to str
+    start : int
+        Byte of the file at which the data begins.
+    digest : str
+        Checksum of the header as it is stored.
+    """
+
+    infos: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    start: int
+    digest: str
+
+
+def read_header(path: Path) -> Header:
     """Read and verify the header of a safetensors file, without touching its data.
 
     Parameters
@@ -56,8 +78,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
     Returns
     -------
-    dict of str to TensorInfo
-        In the order of the file.
+    Header
 
     Raises
     ------
@@ -81,9 +102,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             )
         raw = file.read(length)
     entries = _parse(raw, path)
+    metadata = _check_metadata(entries.pop(_METADATA, None), path)
     infos = {name: _info(name, entry, path) for name, entry in entries.items()}
     _check_offsets(entries, size - 8 - length, path)
-    return infos
+    digest = hashlib.blake2b(raw, digest_size=16).hexdigest()
+    return Header(infos, metadata, 8 + length, digest)
 
 
 def _parse(raw: bytes, path: Path) -> dict[str, Any]:
@@ -110,13 +133,12 @@ def _parse(raw: bytes, path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: the header is not JSON ({error}).") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the header is a {type(header).__name__}, not an object.")
-    _check_metadata(header.pop(_METADATA, None), path)
     return header
 
 
-def _check_metadata(metadata: Any, path: Path) -> None:
+def _check_metadata(metadata: Any, path: Path) -> dict[str, str]:
     if metadata is None:
-        return
+        return {}
     if not isinstance(metadata, dict):
         raise CheckpointError(
             f"{path}: the header's {_METADATA} is a {type(metadata).__name__}, not a mapping of "
@@ -128,6 +150,7 @@ def _check_metadata(metadata: Any, path: Path) -> None:
                 f"{path}: the header's {_METADATA} holds {reprlib.repr(value)} under {key!r}, and "
                 "only text is allowed there. Download or save it again."
             )
+    return metadata
 
 
 def _is_count(value: Any) -> bool:

@@ -41,7 +41,7 @@ def warn_if_gains_are_unknown(plan: ModelPlan, label: str) -> None:
         "like), so nothing was folded. That is right if the model has no norms, or if its gains "
         "were folded before it was saved; else add the gains to the file.",
         UserWarning,
-        stacklevel=5,
+        stacklevel=6,
     )
 
 
@@ -59,7 +59,7 @@ def warn_if_centring_changes_reading(plan: ModelPlan, label: str) -> None:
     warnings.warn(
         f"center=True: {label} ({plan.family}) {why}, so centring changes what its heads read.",
         UserWarning,
-        stacklevel=5,
+        stacklevel=6,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import zipfile
 from collections.abc import Callable, Collection, Mapping
@@ -12,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from skhead.exceptions import CheckpointError, UnsafeCheckpointError, UnsupportedLayoutError
-from skhead.weights.headers import TensorInfo, read_header
+from skhead.weights.headers import Header, TensorInfo, read_header
 
 __all__ = ["MappingReader", "SafetensorsReader", "TensorReader", "open_torch_file", "torch_dtype"]
 
@@ -46,6 +47,12 @@ class TensorReader(Protocol):
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return a tensor; its data is read when it is used."""
+
+    def fingerprint(self, name: str) -> str:
+        """Return a text that changes when the stored tensor does."""
+
+    def release(self) -> None:
+        """Let go of open files, and so of what they hold in memory."""
 
 
 def torch_dtype(info: TensorInfo, what: str) -> torch.dtype:
@@ -98,10 +105,10 @@ class SafetensorsReader:
     ) -> None:
         self.label = label
         self._fetch = fetch
-        self._headers: dict[str, dict[str, TensorInfo]] = {}
+        self._headers: dict[str, Header] = {}
         self._files: dict[str, Any] = {}
         if isinstance(shards, str):
-            self._shard_of: Mapping[str, str] = dict.fromkeys(self._header(shards), shards)
+            self._shard_of: Mapping[str, str] = dict.fromkeys(self._header(shards).infos, shards)
         else:
             self._shard_of = shards
 
@@ -113,7 +120,7 @@ class SafetensorsReader:
         """Return what the header of its shard says of a tensor."""
         shard = self._shard_of[name]
         try:
-            return self._header(shard)[name]
+            return self._header(shard).infos[name]
         except KeyError:
             raise CheckpointError(
                 f"{self.label}: the index places tensor {name!r} in {shard}, which does not hold "
@@ -135,7 +142,17 @@ class SafetensorsReader:
             ) from error
         return tensor
 
-    def _header(self, shard: str) -> dict[str, TensorInfo]:
+    def fingerprint(self, name: str) -> str:
+        """Return size, time of change and checksum of the header of a tensor's shard."""
+        shard = self._shard_of[name]
+        stat = self._fetch(shard).stat()
+        return f"{stat.st_size}-{stat.st_mtime_ns}-{self._header(shard).digest}"
+
+    def release(self) -> None:
+        """Close the memory maps; those of tensors that are still in use go with them."""
+        self._files.clear()
+
+    def _header(self, shard: str) -> Header:
         if shard not in self._headers:
             self._headers[shard] = read_header(self._fetch(shard))
         return self._headers[shard]
@@ -165,6 +182,14 @@ class MappingReader:
     def tensor(self, name: str) -> torch.Tensor:
         """Return a tensor, detached from its graph."""
         return self._tensors[name].detach()
+
+    def fingerprint(self, name: str) -> str:
+        """Return a checksum of a tensor's numbers, which have no file that shows a change."""
+        content = self.tensor(name).cpu().contiguous().view(torch.uint8).numpy()
+        return hashlib.blake2b(content.data, digest_size=16).hexdigest()
+
+    def release(self) -> None:
+        """Do nothing: the tensors belong to whoever holds the mapping."""
 
 
 def open_torch_file(path: Path) -> MappingReader:

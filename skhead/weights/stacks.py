@@ -17,7 +17,17 @@ from skhead.weights.readers import TensorReader, torch_dtype
 from skhead.weights.sources import reopen, split_address
 from skhead.weights.table import check_heads
 
-__all__ = ["RoleStack", "load_weights", "read_role"]
+__all__ = [
+    "LayerJob",
+    "MatrixKey",
+    "Processing",
+    "RoleStack",
+    "load_weights",
+    "places_of",
+    "read_layer",
+    "read_role",
+    "role_jobs",
+]
 
 
 @dataclass(frozen=True)
@@ -117,36 +127,64 @@ def read_role(
     ValueError
         If the role is none of the four; else as :func:`load_weights`.
     """
-    if role not in tuple(ROLES):
-        raise ValueError(f"role must be one of {', '.join(ROLES)}, got {role!r}.")
-    heads = check_heads(heads, "load_weights")
-    _check_sizes(heads)
-    how = _Processing(role, fold_norm, center)
-    jobs = list(_jobs(heads, how))
-    keys = {key: place for place, key in enumerate(dict.fromkeys(k for j in jobs for k in j.keys))}
-    index = np.empty(len(heads), dtype=np.int64)
+    how = Processing(role, fold_norm, center)
+    jobs = role_jobs(heads, how)
+    keys, index = places_of(jobs)
     shape = (len(keys), int(heads["d_model"].iloc[0]), int(heads["d_head"].iloc[0]))
     tensor = torch.empty(shape, dtype=torch.float32, device=device)
     eps = np.empty(len(keys), dtype=np.float64)
-    filled: set[_Key] = set()
-    noted: set[str] = set()
+    filled: set[MatrixKey] = set()
     for job in jobs:
-        index[job.rows] = [keys[key] for key in job.keys]
-        if job.source not in noted:
-            noted.add(job.source)
-            _check_processing(job, how)
         fresh = [key for key in dict.fromkeys(job.keys) if key not in filled]
         if not fresh:
             continue
         first = keys[fresh[0]]
         places = slice(first, first + len(fresh))
-        eps[places] = _read_layer(job, how, [key.number for key in fresh], tensor[places])
+        eps[places] = read_layer(job, how, [key.number for key in fresh], tensor[places])
         filled.update(fresh)
     return RoleStack(tensor, index, eps)
 
 
+def role_jobs(heads: pd.DataFrame, how: Processing) -> list[LayerJob]:
+    """Where the matrices of one role are, layer by layer, checked against the heads table.
+
+    Raises
+    ------
+    ValueError
+        If the role is none of the four; else as :func:`load_weights`.
+    """
+    if how.role not in tuple(ROLES):
+        raise ValueError(f"role must be one of {', '.join(ROLES)}, got {how.role!r}.")
+    heads = check_heads(heads, "load_weights")
+    _check_sizes(heads)
+    jobs = list(_walk(heads, how))
+    first: dict[str, LayerJob] = {}
+    for job in jobs:
+        first.setdefault(job.source, job)
+    for job in first.values():
+        _check_processing(job, how)
+    return jobs
+
+
+def places_of(jobs: list[LayerJob]) -> tuple[dict[MatrixKey, int], np.ndarray]:
+    """Places of the distinct matrices in the order in which they are read, and those of the rows.
+
+    Returns
+    -------
+    places : dict of MatrixKey to int
+    index : numpy.ndarray of shape (n_heads,)
+        int64.
+    """
+    distinct = dict.fromkeys(key for job in jobs for key in job.keys)
+    places = {key: place for place, key in enumerate(distinct)}
+    index = np.empty(sum(len(job.rows) for job in jobs), dtype=np.int64)
+    for job in jobs:
+        index[job.rows] = [places[key] for key in job.keys]
+    return places, index
+
+
 @dataclass(frozen=True)
-class _Processing:
+class Processing:
     """Which matrices are read, and what is done to them."""
 
     role: str
@@ -155,7 +193,7 @@ class _Processing:
 
 
 @dataclass(frozen=True)
-class _Key:
+class MatrixKey:
     """Identity of a matrix: shared layers and grouped queries have equal keys."""
 
     source: str
@@ -165,7 +203,7 @@ class _Key:
 
 
 @dataclass(frozen=True)
-class _Job:
+class LayerJob:
     """The rows of one layer of one source."""
 
     source: str
@@ -173,7 +211,7 @@ class _Job:
     plan: ModelPlan
     layer: LayerPlan
     rows: np.ndarray
-    keys: list[_Key]
+    keys: list[MatrixKey]
 
 
 def _check_sizes(heads: pd.DataFrame) -> None:
@@ -185,7 +223,7 @@ def _check_sizes(heads: pd.DataFrame) -> None:
         )
 
 
-def _jobs(heads: pd.DataFrame, how: _Processing) -> Iterator[_Job]:
+def _walk(heads: pd.DataFrame, how: Processing) -> Iterator[LayerJob]:
     positions = pd.Series(np.arange(len(heads)))
     columns = {name: heads[name].to_numpy() for name in heads.columns}
     for source, of_source in positions.groupby(columns["source"], sort=False):
@@ -199,8 +237,8 @@ def _jobs(heads: pd.DataFrame, how: _Processing) -> Iterator[_Job]:
             tensor = layer.slots[how.role].tensor
             gain = layer.gains[how.role] if how.fold_norm else None
             numbers = columns["kv_head" if how.role in "KV" else "head"][rows]
-            keys = [_Key(str(source), tensor, gain, int(n)) for n in numbers]
-            yield _Job(str(source), checkpoint, plan, layer, rows, keys)
+            keys = [MatrixKey(str(source), tensor, gain, int(n)) for n in numbers]
+            yield LayerJob(str(source), checkpoint, plan, layer, rows, keys)
 
 
 def _check_rows(
@@ -231,7 +269,7 @@ def _check_rows(
     return layer
 
 
-def _check_processing(job: _Job, how: _Processing) -> None:
+def _check_processing(job: LayerJob, how: Processing) -> None:
     if how.fold_norm:
         processing.check_foldable(job.plan, job.source)
         processing.warn_if_gains_are_unknown(job.plan, job.source)
@@ -239,15 +277,22 @@ def _check_processing(job: _Job, how: _Processing) -> None:
         processing.warn_if_centring_changes_reading(job.plan, job.source)
 
 
-def _read_layer(job: _Job, how: _Processing, numbers: list[int], out: torch.Tensor) -> float:
-    """Fill `out` with some matrices of a layer, and return their stored rounding error."""
+def read_layer(job: LayerJob, how: Processing, numbers: list[int], out: torch.Tensor) -> float:
+    """Fill `out` with some matrices of a layer, and return their stored rounding error.
+
+    Raises
+    ------
+    DegenerateHeadError
+        If one of them, or the norm's gain, holds NaN or infinite values.
+    """
     reader: TensorReader = job.checkpoint.reader
     slot = job.layer.slots[how.role]
     info = reader.info(slot.tensor)
     dtype = torch_dtype(info, repr(slot.tensor))
     stored = reader.tensor(slot.tensor)
     heads = cut_heads(stored, slot, how.role, job.layer, job.plan.d_head)
-    out.copy_(heads if numbers == list(range(len(heads))) else heads[numbers])
+    consecutive = numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    out.copy_(heads[numbers[0] : numbers[-1] + 1] if consecutive else heads[numbers])
     _check_finite(out, job, how.role, numbers, info.file)
     if how.fold_norm:
         processing.fold(out, how.role, job.layer, job.plan, reader)
@@ -256,7 +301,9 @@ def _read_layer(job: _Job, how: _Processing, numbers: list[int], out: torch.Tens
     return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
 
 
-def _check_finite(stack: torch.Tensor, job: _Job, role: str, numbers: list[int], file: str) -> None:
+def _check_finite(
+    stack: torch.Tensor, job: LayerJob, role: str, numbers: list[int], file: str
+) -> None:
     if bool(torch.isfinite(stack.sum())):
         return
     finite = torch.isfinite(stack).flatten(1).all(dim=1)

@@ -1,0 +1,222 @@
+"""Bases of the heads of a checkpoint, computed layer by layer and kept in files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from skhead.exceptions import CheckpointError, DegenerateHeadError, MemoryBudgetError
+from skhead.linalg.bases import orthonormal_bases
+from skhead.weights.basis_store import FORMAT, BasisFile, BasisStack, BasisStore, BasisWriter
+from skhead.weights.readers import torch_dtype
+from skhead.weights.stacks import LayerJob, Processing, places_of, read_layer, role_jobs
+
+__all__ = ["CachedBases", "cached_bases"]
+
+#: Heads, in float64, that finding the bases of a block of heads takes.
+_WORK_HEADS = 24
+
+
+@dataclass(frozen=True)
+class CachedBases:
+    """The distinct bases of one role, in files, and which row of the table uses which.
+
+    Attributes
+    ----------
+    stack : BasisStack of shape (n_distinct, d_model, max_rank)
+    ranks : numpy.ndarray of shape (n_distinct,)
+        int64.
+    index : numpy.ndarray of shape (n_heads,)
+        int64.
+    """
+
+    stack: BasisStack
+    ranks: NDArray[np.int64]
+    index: NDArray[np.int64]
+
+
+def cached_bases(
+    heads: pd.DataFrame,
+    role: str,
+    *,
+    rank: int | float | None,
+    fold_norm: bool,
+    center: bool,
+    device: torch.device,
+    cache: str | os.PathLike[str],
+    max_memory: int,
+    caller: str,
+    progress: Callable[[float], None],
+) -> CachedBases:
+    """Bases of one role of heads, as files in a directory; those that are there are not computed.
+
+    Files hold all heads of a layer, whichever of them the table lists, so that any part of a model
+    finds them again.
+
+    Parameters
+    ----------
+    heads : pandas.DataFrame
+    role : {"Q", "K", "V", "O"}
+    rank : int, float or None
+        As for `orthonormal_bases`.
+    fold_norm, center : bool
+        As for `read_role`.
+    device : torch.device
+        Where to compute, and where bases are put when they are read.
+    cache : path-like
+    max_memory : int
+        Bytes that a layer may take at a time; its heads are taken in groups that keep to it.
+    caller : str
+        Estimator to name in errors.
+    progress : callable
+        Called with the fraction done.
+
+    Returns
+    -------
+    CachedBases
+
+    Raises
+    ------
+    CacheError
+        If the directory cannot be written.
+    MemoryBudgetError
+        If a single head does not fit.
+    DegenerateHeadError
+        If a head that the table lists holds NaN or infinite values.
+    """
+    how = _How(Processing(role, fold_norm, center), rank, device, max_memory, caller)
+    jobs = role_jobs(heads, how.processing)
+    places, index = places_of(jobs)
+    store = BasisStore(Path(cache).expanduser().absolute(), caller)
+    files: dict[Path, tuple[int, BasisFile]] = {}
+    members = np.empty((len(places), 2), dtype=np.int64)
+    for done, job in enumerate(jobs, start=1):
+        path, file = _file_of(store, job, how)
+        number, file = files.setdefault(path, (len(files), file))
+        for key in job.keys:
+            members[places[key]] = number, _place(file, job, how, key.number)
+        progress(done / len(jobs))
+    listed = tuple(file for _, file in files.values())
+    ranks = np.array([listed[file].ranks[place] for file, place in members], dtype=np.int64)
+    d_model, max_rank = int(heads["d_model"].iloc[0]), max(int(ranks.max()), 1)
+    return CachedBases(BasisStack(listed, members, d_model, max_rank, device), ranks, index)
+
+
+@dataclass(frozen=True)
+class _How:
+    """What is computed, and within what."""
+
+    processing: Processing
+    rank: int | float | None
+    device: torch.device
+    max_memory: int
+    caller: str
+
+
+def _file_of(store: BasisStore, job: LayerJob, how: _How) -> tuple[Path, BasisFile]:
+    """The file of the bases of a layer, which is there or is written."""
+    description = _describe(job, how)
+    path = store.path(description)
+    found = store.find(path)
+    if found is None:
+        with store.writing(path, description) as writer:
+            _write_layer(writer, job, how)
+            if _describe(job, how) != description:
+                raise CheckpointError(
+                    f"{how.caller}: the weights of {job.source} changed while they were read; "
+                    "run again when they are complete"
+                )
+        found = store.find(path)
+    if found is None:
+        raise CheckpointError(
+            f"{how.caller}: {path} was written and cannot be read again; check the disk of the "
+            "cache"
+        )
+    return path, found
+
+
+def _place(file: BasisFile, job: LayerJob, how: _How, number: int) -> int:
+    """Place of a head in the file; damaged heads are not in there."""
+    if number not in file.numbers:
+        shape = (1, job.plan.d_model, job.plan.d_head)
+        read_layer(job, how.processing, [number], torch.empty(shape))
+    return file.numbers.index(number)
+
+
+def _describe(job: LayerJob, how: _How) -> dict[str, Any]:
+    """Everything that the bases of a layer depend on."""
+    role, reader = how.processing.role, job.checkpoint.reader
+    slot = job.layer.slots[role]
+    gain = job.layer.gains[role] if how.processing.fold_norm else None
+    read = [slot.tensor] if gain is None or gain not in reader.names() else [slot.tensor, gain]
+    sharing = [layer.layer for layer in job.plan.layers if layer.slots[role].tensor == slot.tensor]
+    config = json.dumps(job.checkpoint.config, sort_keys=True, default=str)
+    return {
+        "format": FORMAT,
+        "source": job.source,
+        "revision": job.checkpoint.revision,
+        "config": hashlib.blake2b(config.encode(), digest_size=16).hexdigest(),
+        "tensors": {name: reader.fingerprint(name) for name in read},
+        "role": role,
+        "layer": min(sharing),
+        "n_heads": job.layer.count(role),
+        "d_head": job.plan.d_head,
+        "norm": job.plan.norm.kind,
+        "fold_norm": how.processing.fold_norm,
+        "center": how.processing.center,
+        "rank": how.rank if how.rank is None or how.rank >= 1 else float(how.rank),
+    }
+
+
+def _write_layer(writer: BasisWriter, job: LayerJob, how: _How) -> None:
+    count = job.layer.count(how.processing.role)
+    width = min(_group_size(job, how), count)
+    for start in range(0, count, width):
+        numbers = list(range(start, min(start + width, count)))
+        for number, basis in _bases_of(numbers, job, how):
+            writer.add(number, basis)
+        job.checkpoint.reader.release()
+
+
+def _group_size(job: LayerJob, how: _How) -> int:
+    """Heads of a layer that fit into memory, beside the stored tensor that they are cut from."""
+    slot = job.layer.slots[how.processing.role]
+    info = job.checkpoint.reader.info(slot.tensor)
+    stored = int(np.prod(info.shape)) * torch_dtype(info, repr(slot.tensor)).itemsize
+    entries = job.plan.d_model * job.plan.d_head
+    fixed = stored + 8 * entries * min(_WORK_HEADS, 3 * job.layer.count(how.processing.role))
+    each = 2 * 4 * entries
+    if fixed + each > how.max_memory:
+        raise MemoryBudgetError(
+            f"{how.caller}: max_memory is {how.max_memory} bytes, but the bases of one head of "
+            f"L{job.layer.layer} W_{how.processing.role} need {fixed + each}, {stored} of them for "
+            f"tensor {slot.tensor!r}; raise max_memory"
+        )
+    return (how.max_memory - fixed) // each
+
+
+def _bases_of(numbers: list[int], job: LayerJob, how: _How) -> list[tuple[int, torch.Tensor]]:
+    """Bases of some heads of a layer, without those that are damaged."""
+    shape = (len(numbers), job.plan.d_model, job.plan.d_head)
+    stack = torch.empty(shape, dtype=torch.float32, device=how.device)
+    try:
+        eps = read_layer(job, how.processing, numbers, stack)
+    except DegenerateHeadError:
+        if len(numbers) == 1:
+            return []
+        return [pair for number in numbers for pair in _bases_of([number], job, how)]
+    found = orthonormal_bases(stack, rank=how.rank, eps=eps, overwrite=True)
+    return [
+        (number, vectors[:, :rank])
+        for number, vectors, rank in zip(numbers, found.vectors, found.ranks.tolist(), strict=True)
+    ]
