@@ -12,9 +12,9 @@ streams it from there; it reports the peak memory of the whole process.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import resource
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import save_file
 
 import skhead
 from skhead.operations import OperationMapper
@@ -40,11 +39,10 @@ SIZES = {
 }  # fmt: skip
 #: Distinct sources of all of them together.
 N_SOURCES = 1597
-#: Name: layers, heads, key-value heads, d_model, d_head, hidden units, tokens.
-SHAPES = {
-    "124M": (12, 12, 12, 768, 64, 3072, 50_257),
-    "7B": (32, 32, 32, 4096, 128, 11_008, 32_000),
-}
+#: Name: layers, d_model, tokens.
+SHAPES = {"124M": (12, 768, 50_257), "7B": (32, 4096, 32_000)}
+#: Where the script is that writes checkpoints of these shapes.
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
 def operations(n_vocab: int) -> dict[str, np.ndarray]:
@@ -60,50 +58,13 @@ def operations(n_vocab: int) -> dict[str, np.ndarray]:
     return pairs
 
 
-def write_checkpoint(folder: Path, shape: str, n_layers: int, dtype: torch.dtype) -> None:
+def write_model(folder: Path, shape: str, n_layers: int, dtype: torch.dtype) -> None:
     """Random weights of a Llama model: all attention, the first MLP and both ends."""
-    _, n_heads, n_kv, d_model, d_head, d_mlp, n_vocab = SHAPES[shape]
-    generator = torch.Generator().manual_seed(0)
+    sys.path.insert(0, str(SCRIPTS))
+    from make_shaped_checkpoint import SHAPES as FULL
+    from make_shaped_checkpoint import write_checkpoint
 
-    def random(*size: int) -> torch.Tensor:
-        return (0.02 * torch.randn(size, generator=generator)).to(dtype)
-
-    shards = {}
-    for layer in range(n_layers):
-        prefix = f"model.layers.{layer}."
-        tensors = {
-            f"{prefix}self_attn.q_proj.weight": random(n_heads * d_head, d_model),
-            f"{prefix}self_attn.k_proj.weight": random(n_kv * d_head, d_model),
-            f"{prefix}self_attn.v_proj.weight": random(n_kv * d_head, d_model),
-            f"{prefix}self_attn.o_proj.weight": random(d_model, n_heads * d_head),
-            f"{prefix}input_layernorm.weight": torch.ones(d_model, dtype=dtype),
-        }
-        if layer == 0:
-            tensors |= {
-                f"{prefix}post_attention_layernorm.weight": torch.ones(d_model, dtype=dtype),
-                f"{prefix}mlp.gate_proj.weight": random(d_mlp, d_model),
-                f"{prefix}mlp.up_proj.weight": random(d_mlp, d_model),
-                f"{prefix}mlp.down_proj.weight": random(d_model, d_mlp),
-                "model.embed_tokens.weight": random(n_vocab, d_model),
-                "model.norm.weight": torch.ones(d_model, dtype=dtype),
-                "lm_head.weight": random(n_vocab, d_model),
-            }
-        shard = f"model-{layer:05d}.safetensors"
-        save_file(tensors, folder / shard)
-        shards |= dict.fromkeys(tensors, shard)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-    config = {
-        "model_type": "llama",
-        "hidden_size": d_model,
-        "num_hidden_layers": n_layers,
-        "num_attention_heads": n_heads,
-        "num_key_value_heads": n_kv,
-        "head_dim": d_head,
-        "intermediate_size": d_mlp,
-        "vocab_size": n_vocab,
-        "tie_word_embeddings": False,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    write_checkpoint(folder, FULL[shape], n_layers, dtype, ends=True)
 
 
 def dense_algorithm(heads: pd.DataFrame, pairs: dict[str, np.ndarray]) -> tuple[float, np.ndarray]:
@@ -163,11 +124,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.directory) as folder:
         dtype = torch.float32 if small else torch.bfloat16
         written = (Path(folder), arguments.shape, n_layers, dtype)
-        writer = multiprocessing.get_context("spawn").Process(target=write_checkpoint, args=written)
+        writer = multiprocessing.get_context("spawn").Process(target=write_model, args=written)
         writer.start()
         writer.join()
         heads = skhead.load_heads(folder)
-        *_, d_model, _, _, n_vocab = SHAPES[arguments.shape]
+        _, d_model, n_vocab = SHAPES[arguments.shape]
         pairs = operations(n_vocab)
         before = peak_bytes() + 2 * 4 * n_vocab * d_model
         started = time.perf_counter()
