@@ -159,12 +159,12 @@ class BasisStore:
             If the directory cannot be written or the disk is full; nothing is left behind.
         """
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+        with self._writable():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._remove_interrupted(path)
+            before = _state(path)
+            file = temporary.open("xb", buffering=0)
         try:
-            with self._writable():
-                self.directory.mkdir(parents=True, exist_ok=True)
-                self._remove_interrupted(path)
-                before = _state(path)
-                file = temporary.open("xb", buffering=0)
             with file:
                 writer = BasisWriter(file, description, self._writable)
                 yield writer
