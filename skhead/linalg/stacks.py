@@ -141,4 +141,8 @@ def stack_norms(stack: Stack) -> torch.Tensor:
     """
     if isinstance(stack, torch.Tensor):
         return frobenius_norms(stack)
-    return torch.cat([frobenius_norms(stack[head : head + 1]) for head in range(len(stack))])
+    single, norms = new_empty(stack, 1, *stack.shape[1:]), []
+    for head in range(len(stack)):
+        stack.read(slice(head, head + 1), slice(None), single)
+        norms.append(frobenius_norms(single))
+    return torch.cat(norms)

@@ -1,0 +1,68 @@
+"""Stacks that are read piece by piece, without any file."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from skhead.linalg.factored import frobenius_norms
+from skhead.linalg.stacks import (
+    StoredStack,
+    copy_panel,
+    copy_transposed,
+    dense,
+    new_empty,
+    stack_norms,
+)
+
+
+class Recorded(StoredStack):
+    """A stack in memory that notes what is read and where to."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+        self.reads = []
+
+    def read(self, heads, rows, out):
+        out.copy_(self.tensor[heads, rows])
+        self.reads.append((out.data_ptr(), out.numel()))
+
+    def take(self, heads):
+        return Recorded(self.tensor[torch.as_tensor(heads)])
+
+    def to(self, target):
+        return Recorded(self.tensor.to(target))
+
+
+@pytest.fixture
+def tensor():
+    return torch.randn(5, 12, 3, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("rows", [slice(0, 4), slice(8, 12)])
+def test_panels_and_turned_heads_are_copies_of_slices(tensor, rows):
+    for stack in (tensor, Recorded(tensor)):
+        panel = torch.empty(5, 4, 3)
+        copy_panel(stack, rows, panel)
+        assert torch.equal(panel, tensor[:, rows])
+        turned = torch.empty(2, 3, 12)
+        copy_transposed(stack, slice(1, 3), turned)
+        assert torch.equal(turned, tensor[1:3].mT)
+        assert torch.equal(dense(stack), tensor)
+        assert torch.equal(stack_norms(stack), frobenius_norms(tensor))
+        assert new_empty(stack, 2, 7).shape == (2, 7)
+        assert len(stack) == 5 and stack.element_size() == 4
+
+
+@pytest.mark.parametrize(
+    "use",
+    [stack_norms, lambda stack: copy_transposed(stack, slice(0, 5), torch.empty(5, 3, 12))],
+    ids=["norms", "turned"],
+)
+def test_heads_pass_through_the_memory_of_one(tensor, use):
+    """Memory of its own for each would leave holes that an allocator may not fill again."""
+    stack = Recorded(tensor)
+    use(stack)
+    assert len(stack.reads) == 5 and len(set(stack.reads)) == 1
+    assert stack.reads[0][1] == tensor[0].numel()
