@@ -22,7 +22,9 @@ from skhead.containers import RoleBases, Subspaces, head_codes
 from skhead.exceptions import DegenerateHeadError, HeadShapeError, ProvenanceMismatchError
 from skhead.linalg.bases import orthonormal_bases
 from skhead.weights import (
+    BasisRequest,
     CachedBases,
+    Processing,
     RoleStack,
     cached_bases,
     check_heads,
@@ -263,27 +265,16 @@ class Cache:
     def bases(
         self,
         heads: pd.DataFrame,
-        role: str,
+        how: Processing,
         rank: int | float | None,
-        fold_norm: bool,
-        center: bool,
         device: torch.device | str | None,
         caller: str,
     ) -> CachedBases:
         """Bases of one role, computed where they are not there yet; see `cached_bases`."""
-        with progress_fraction(f"{caller}: {role}") as progress:
-            return cached_bases(
-                heads,
-                role,
-                rank=rank,
-                fold_norm=fold_norm,
-                center=center,
-                device=default_device() if device is None else torch.device(device),
-                cache=self.directory,
-                max_memory=self.max_memory,
-                caller=caller,
-                progress=progress,
-            )
+        target = default_device() if device is None else torch.device(device)
+        request = BasisRequest(how, rank, target, self.max_memory, caller)
+        with progress_fraction(f"{caller}: {how.role}") as progress:
+            return cached_bases(heads, request, self.directory, progress)
 
 
 def extract_subspaces(
@@ -307,7 +298,8 @@ def extract_subspaces(
     bases = {}
     for role in progress_bar(roles, "bases", unit="role"):
         if cache is not None:
-            stored = cache.bases(source.heads, role, rank, fold_norm, center, device, caller)
+            how = Processing(role, fold_norm, center)
+            stored = cache.bases(source.heads, how, rank, device, caller)
             _refuse_zero(stored.ranks, stored.index, source.heads, role, caller)
             bases[role] = RoleBases(stored.stack, stored.ranks, stored.index)
             continue

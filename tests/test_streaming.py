@@ -82,9 +82,9 @@ def computed(monkeypatch):
     names = []
     original = basis_cache._write_layer
 
-    def count(writer, job, how):
-        names.append(f"{how.processing.role}{job.layer.layer}")
-        original(writer, job, how)
+    def count(writer, job, request):
+        names.append(f"{request.processing.role}{job.layer.layer}")
+        original(writer, job, request)
 
     monkeypatch.setattr(basis_cache, "_write_layer", count)
     return names
@@ -341,7 +341,7 @@ def test_a_killed_run_is_resumed(model, cache, tmp_path, computed):
     process.wait()
     finished = len(list(cache.glob("*.safetensors")))
     assert 5 <= finished < 4 * N_LAYERS
-    assert len(list(cache.glob("*.tmp"))) == 1
+    assert len(list(cache.glob("*.tmp"))) <= 1
     heads = skhead.load_heads(model)
     assert_same_subspaces(extract(heads, cache), extract(heads))
     assert len(computed) == 4 * N_LAYERS - finished

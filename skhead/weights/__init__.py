@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from skhead.weights.basis_cache import CachedBases, cached_bases
+from skhead.weights.basis_cache import BasisRequest, CachedBases, cached_bases
 from skhead.weights.labels import head_labels
 from skhead.weights.live import register_model, unregister_model
-from skhead.weights.stacks import RoleStack, load_weights, read_role
+from skhead.weights.stacks import Processing, RoleStack, load_weights, read_role
 from skhead.weights.table import (
     HEAD_COLUMNS,
     SourceInfo,
@@ -17,7 +17,9 @@ from skhead.weights.tokens import Rotary, TokenSpace, read_token_space
 
 __all__ = [
     "HEAD_COLUMNS",
+    "BasisRequest",
     "CachedBases",
+    "Processing",
     "RoleStack",
     "Rotary",
     "SourceInfo",

@@ -21,7 +21,7 @@ from skhead.weights.basis_store import FORMAT, BasisFile, BasisStack, BasisStore
 from skhead.weights.readers import torch_dtype
 from skhead.weights.stacks import LayerJob, Processing, places_of, read_layer, role_jobs
 
-__all__ = ["CachedBases", "cached_bases"]
+__all__ = ["BasisRequest", "CachedBases", "cached_bases"]
 
 #: Heads, in float64, that finding the bases of a block of heads takes.
 _WORK_HEADS = 24
@@ -45,17 +45,35 @@ class CachedBases:
     index: NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class BasisRequest:
+    """Which bases are wanted, and what computing them may take.
+
+    Attributes
+    ----------
+    processing : Processing
+        Role, and how its matrices are processed.
+    rank : int, float or None
+        As for `orthonormal_bases`.
+    device : torch.device
+        Where to compute, and where bases are put when they are read.
+    max_memory : int
+        Bytes that a layer may take at a time; its heads are taken in groups that keep to it.
+    caller : str
+        Estimator to name in errors.
+    """
+
+    processing: Processing
+    rank: int | float | None
+    device: torch.device
+    max_memory: int
+    caller: str
+
+
 def cached_bases(
     heads: pd.DataFrame,
-    role: str,
-    *,
-    rank: int | float | None,
-    fold_norm: bool,
-    center: bool,
-    device: torch.device,
+    request: BasisRequest,
     cache: str | os.PathLike[str],
-    max_memory: int,
-    caller: str,
     progress: Callable[[float], None],
 ) -> CachedBases:
     """Bases of one role of heads, as files in a directory; those that are there are not computed.
@@ -66,18 +84,8 @@ def cached_bases(
     Parameters
     ----------
     heads : pandas.DataFrame
-    role : {"Q", "K", "V", "O"}
-    rank : int, float or None
-        As for `orthonormal_bases`.
-    fold_norm, center : bool
-        As for `read_role`.
-    device : torch.device
-        Where to compute, and where bases are put when they are read.
+    request : BasisRequest
     cache : path-like
-    max_memory : int
-        Bytes that a layer may take at a time; its heads are taken in groups that keep to it.
-    caller : str
-        Estimator to name in errors.
     progress : callable
         Called with the fraction done.
 
@@ -94,70 +102,59 @@ def cached_bases(
     DegenerateHeadError
         If a head that the table lists holds NaN or infinite values.
     """
-    how = _How(Processing(role, fold_norm, center), rank, device, max_memory, caller)
-    jobs = role_jobs(heads, how.processing)
+    jobs = role_jobs(heads, request.processing)
     places, index = places_of(jobs)
-    store = BasisStore(Path(cache).expanduser().absolute(), caller)
+    store = BasisStore(Path(cache).expanduser().absolute(), request.caller)
     files: dict[Path, tuple[int, BasisFile]] = {}
     members = np.empty((len(places), 2), dtype=np.int64)
     for done, job in enumerate(jobs, start=1):
-        path, file = _file_of(store, job, how)
+        path, file = _file_of(store, job, request)
         number, file = files.setdefault(path, (len(files), file))
         for key in job.keys:
-            members[places[key]] = number, _place(file, job, how, key.number)
+            members[places[key]] = number, _place(file, job, request, key.number)
         progress(done / len(jobs))
     listed = tuple(file for _, file in files.values())
     ranks = np.array([listed[file].ranks[place] for file, place in members], dtype=np.int64)
     d_model, max_rank = int(heads["d_model"].iloc[0]), max(int(ranks.max()), 1)
-    return CachedBases(BasisStack(listed, members, d_model, max_rank, device), ranks, index)
+    stack = BasisStack(listed, members, d_model, max_rank, request.device)
+    return CachedBases(stack, ranks, index)
 
 
-@dataclass(frozen=True)
-class _How:
-    """What is computed, and within what."""
-
-    processing: Processing
-    rank: int | float | None
-    device: torch.device
-    max_memory: int
-    caller: str
-
-
-def _file_of(store: BasisStore, job: LayerJob, how: _How) -> tuple[Path, BasisFile]:
+def _file_of(store: BasisStore, job: LayerJob, request: BasisRequest) -> tuple[Path, BasisFile]:
     """The file of the bases of a layer, which is there or is written."""
-    description = _describe(job, how)
+    description = _describe(job, request)
     path = store.path(description)
     found = store.find(path)
     if found is None:
         with store.writing(path, description) as writer:
-            _write_layer(writer, job, how)
-            if _describe(job, how) != description:
+            _write_layer(writer, job, request)
+            if _describe(job, request) != description:
                 raise CheckpointError(
-                    f"{how.caller}: the weights of {job.source} changed while they were read; "
+                    f"{request.caller}: the weights of {job.source} changed while they were read; "
                     "run again when they are complete"
                 )
         found = store.find(path)
     if found is None:
         raise CheckpointError(
-            f"{how.caller}: {path} was written and cannot be read again; check the disk of the "
+            f"{request.caller}: {path} was written and cannot be read again; check the disk of the "
             "cache"
         )
     return path, found
 
 
-def _place(file: BasisFile, job: LayerJob, how: _How, number: int) -> int:
+def _place(file: BasisFile, job: LayerJob, request: BasisRequest, number: int) -> int:
     """Place of a head in the file; damaged heads are not in there."""
     if number not in file.numbers:
         shape = (1, job.plan.d_model, job.plan.d_head)
-        read_layer(job, how.processing, [number], torch.empty(shape))
+        read_layer(job, request.processing, [number], torch.empty(shape))
     return file.numbers.index(number)
 
 
-def _describe(job: LayerJob, how: _How) -> dict[str, Any]:
+def _describe(job: LayerJob, request: BasisRequest) -> dict[str, Any]:
     """Everything that the bases of a layer depend on."""
-    role, reader = how.processing.role, job.checkpoint.reader
+    role, reader = request.processing.role, job.checkpoint.reader
     slot = job.layer.slots[role]
-    gain = job.layer.gains[role] if how.processing.fold_norm else None
+    gain = job.layer.gains[role] if request.processing.fold_norm else None
     read = [slot.tensor] if gain is None or gain not in reader.names() else [slot.tensor, gain]
     sharing = [layer.layer for layer in job.plan.layers if layer.slots[role].tensor == slot.tensor]
     config = json.dumps(job.checkpoint.config, sort_keys=True, default=str)
@@ -172,50 +169,53 @@ def _describe(job: LayerJob, how: _How) -> dict[str, Any]:
         "n_heads": job.layer.count(role),
         "d_head": job.plan.d_head,
         "norm": job.plan.norm.kind,
-        "fold_norm": how.processing.fold_norm,
-        "center": how.processing.center,
-        "rank": how.rank if how.rank is None or how.rank >= 1 else float(how.rank),
+        "fold_norm": request.processing.fold_norm,
+        "center": request.processing.center,
+        "rank": request.rank if request.rank is None or request.rank >= 1 else float(request.rank),
     }
 
 
-def _write_layer(writer: BasisWriter, job: LayerJob, how: _How) -> None:
-    count = job.layer.count(how.processing.role)
-    width = min(_group_size(job, how), count)
+def _write_layer(writer: BasisWriter, job: LayerJob, request: BasisRequest) -> None:
+    count = job.layer.count(request.processing.role)
+    width = min(_group_size(job, request), count)
     for start in range(0, count, width):
         numbers = list(range(start, min(start + width, count)))
-        for number, basis in _bases_of(numbers, job, how):
+        for number, basis in _bases_of(numbers, job, request):
             writer.add(number, basis)
         job.checkpoint.reader.release()
 
 
-def _group_size(job: LayerJob, how: _How) -> int:
+def _group_size(job: LayerJob, request: BasisRequest) -> int:
     """Heads of a layer that fit into memory, beside the stored tensor that they are cut from."""
-    slot = job.layer.slots[how.processing.role]
+    slot = job.layer.slots[request.processing.role]
     info = job.checkpoint.reader.info(slot.tensor)
     stored = int(np.prod(info.shape)) * torch_dtype(info, repr(slot.tensor)).itemsize
     entries = job.plan.d_model * job.plan.d_head
-    fixed = stored + 8 * entries * min(_WORK_HEADS, 3 * job.layer.count(how.processing.role))
+    fixed = stored + 8 * entries * min(_WORK_HEADS, 3 * job.layer.count(request.processing.role))
     each = 2 * 4 * entries
-    if fixed + each > how.max_memory:
+    if fixed + each > request.max_memory:
+        what = f"L{job.layer.layer} W_{request.processing.role}"
         raise MemoryBudgetError(
-            f"{how.caller}: max_memory is {how.max_memory} bytes, but the bases of one head of "
-            f"L{job.layer.layer} W_{how.processing.role} need {fixed + each}, {stored} of them for "
-            f"tensor {slot.tensor!r}; raise max_memory"
+            f"{request.caller}: max_memory is {request.max_memory} bytes, but the bases of one "
+            f"head of {what} need {fixed + each}, {stored} of them for tensor {slot.tensor!r}; "
+            "raise max_memory"
         )
-    return (how.max_memory - fixed) // each
+    return (request.max_memory - fixed) // each
 
 
-def _bases_of(numbers: list[int], job: LayerJob, how: _How) -> list[tuple[int, torch.Tensor]]:
+def _bases_of(
+    numbers: list[int], job: LayerJob, request: BasisRequest
+) -> list[tuple[int, torch.Tensor]]:
     """Bases of some heads of a layer, without those that are damaged."""
     shape = (len(numbers), job.plan.d_model, job.plan.d_head)
-    stack = torch.empty(shape, dtype=torch.float32, device=how.device)
+    stack = torch.empty(shape, dtype=torch.float32, device=request.device)
     try:
-        eps = read_layer(job, how.processing, numbers, stack)
+        eps = read_layer(job, request.processing, numbers, stack)
     except DegenerateHeadError:
         if len(numbers) == 1:
             return []
-        return [pair for number in numbers for pair in _bases_of([number], job, how)]
-    found = orthonormal_bases(stack, rank=how.rank, eps=eps, overwrite=True)
+        return [pair for number in numbers for pair in _bases_of([number], job, request)]
+    found = orthonormal_bases(stack, rank=request.rank, eps=eps, overwrite=True)
     return [
         (number, vectors[:, :rank])
         for number, vectors, rank in zip(numbers, found.vectors, found.ranks.tolist(), strict=True)
