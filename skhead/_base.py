@@ -101,6 +101,11 @@ class HeadInput:
         return int(self.heads["d_model"].iloc[0])
 
     @property
+    def table(self) -> pd.DataFrame | None:
+        """The heads table, if the weights can be read from it anywhere."""
+        return self.heads if self.stacks is None else None
+
+    @property
     def anonymous(self) -> bool:
         """Whether this is a stack of one role, which nobody named."""
         return self.stacks is not None and ANONYMOUS in self.stacks

@@ -21,6 +21,7 @@ from skhead.weights import head_labels
 
 __all__ = [
     "Compared",
+    "Law",
     "Measured",
     "Sides",
     "check_same_kind",
@@ -198,17 +199,31 @@ class Compared:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a kernel makes of compared heads: the fields of a `Similarity` that it decides.
+    """What a kernel finds out about compared heads.
 
     Attributes
     ----------
     values : ndarray of shape (n_rows, n_columns, n_pairs), float32
-    unit : str
-    null_mean, null_sd : ndarray, broadcastable to `values`
-        Between independent random heads; NaN if unknown.
+    row_facts, column_facts : ndarray of shape (n_rows, n_pairs), (n_columns, n_pairs)
+        What the law of random heads asks of every head: ranks, or sizes of Gram matrices.
     """
 
     values: NDArray[np.float32]
+    row_facts: NDArray[Any]
+    column_facts: NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Law:
+    """What a kernel gives between independent random heads, and in which unit.
+
+    Attributes
+    ----------
+    unit : str
+    null_mean, null_sd : ndarray, broadcastable to the values
+        NaN if unknown.
+    """
+
     unit: str
     null_mean: NDArray[np.float64]
     null_sd: NDArray[np.float64]

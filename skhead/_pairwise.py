@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from sklearn.utils import Tags, TransformerTags
@@ -26,11 +27,13 @@ from skhead._base import (
     check_option,
     check_pairs,
     check_same_record,
+    open_door,
     parse_bytes,
     progress_fraction,
 )
 from skhead._compared import (
     Compared,
+    Law,
     Measured,
     Sides,
     check_same_kind,
@@ -38,6 +41,8 @@ from skhead._compared import (
     refuse_zero,
     roles_in,
 )
+from skhead._distributed import measure_in_workers, workers_share
+from skhead._tiling import Factors
 from skhead.containers import Similarity, Subspaces, feature_names
 from skhead.exceptions import HeadShapeError, MemoryBudgetError
 from skhead.linalg.alignments import Measure, unit_stack
@@ -47,6 +52,7 @@ from skhead.linalg.stacks import Stack
 __all__ = [
     "LAYER_ORDERS",
     "ROLE_PAIRS",
+    "MatrixKernel",
     "PairwiseKernel",
     "SubspaceKernel",
     "WeightKernel",
@@ -56,6 +62,8 @@ LAYER_ORDERS = ("forward", "all")
 #: Every kind of pair of two of the four roles.
 ROLE_PAIRS = tuple(a + b for a in ROLES for b in ROLES)
 _ANONYMOUS_PAIRS = (ANONYMOUS * 2,)
+#: How weights are processed by those who do not ask for it.
+RAW = {"fold_norm": False, "center": False, "rank": None}
 
 
 class PairwiseKernel(HeadEstimator):
@@ -117,6 +125,12 @@ class PairwiseKernel(HeadEstimator):
             return similarity if wanted == "default" else np.asarray(similarity)
         return similarity.to_features()
 
+
+class SharedKernel(PairwiseKernel):
+    """What kernels share whose pairs cost enough to be computed by several workers."""
+
+    pairs_: tuple[str, ...]
+
     def _overlaps(self, sides: Sides) -> dict[str, NDArray[np.floating]]:
         """``||Y^T Z||_F^2`` between the distinct matrices of every pair kind."""
         blocks = list(sides.blocks.values())
@@ -145,8 +159,46 @@ class PairwiseKernel(HeadEstimator):
             except MemoryBudgetError as error:
                 raise MemoryBudgetError(f"{name}: {error}") from None
 
+    def _shares(self, *sides: pd.DataFrame | None) -> bool:
+        """Whether workers are to compare the heads of these tables; None for heads in memory."""
+        return workers_share(sides, self.n_jobs, type(self).__name__)
 
-class SubspaceKernel(PairwiseKernel):
+    def _measure_in_workers(self, rows: pd.DataFrame, columns: pd.DataFrame | None) -> Measured:
+        """What `_measure_tables` finds, tile by tile."""
+        name = type(self).__name__
+        budget = parse_bytes(self.max_memory, name)
+        with progress_fraction(name) as progress:
+            return measure_in_workers(self, rows, columns, self._factors_of, budget, progress)
+
+    def _similarity(
+        self,
+        measured: Measured,
+        heads: tuple[pd.DataFrame, pd.DataFrame],
+        ranks: tuple[NDArray[np.int64], NDArray[np.int64]],
+        record: Mapping[str, Any],
+        subspaces: tuple[Subspaces | None, Subspaces | None] = (None, None),
+    ) -> Similarity:
+        """What was measured, with all that the next stage needs; each argument for both sides."""
+        law = self._law(measured.row_facts, measured.column_facts)
+        return Similarity(
+            measured.values, self.pairs_, *heads, law.unit, dict(record), self.d_model_, *ranks,
+            law.null_mean, law.null_sd, *subspaces,
+        )  # fmt: skip
+
+    @abstractmethod
+    def _factors_of(self, pairs: Sequence[str]) -> Factors:
+        """What is multiplied for some pair kinds."""
+
+    @abstractmethod
+    def _measure_tables(self, rows: pd.DataFrame, columns: pd.DataFrame | None) -> Measured:
+        """Read and compare the heads of two tables, with None those of one with each other."""
+
+    @abstractmethod
+    def _law(self, row_facts: NDArray[Any], column_facts: NDArray[Any]) -> Law:
+        """What the kernel gives between random heads of which these facts are known."""
+
+
+class SubspaceKernel(SharedKernel):
     """What kernels of orthonormal bases share: the door, the fit and the form of the result."""
 
     def fit(self, X: Any, y: Any = None) -> SubspaceKernel:
@@ -166,15 +218,25 @@ class SubspaceKernel(PairwiseKernel):
         return self
 
     def _fit(self, X: Any) -> None:
-        pairs = self._check_parameters()
+        self.pairs_ = self._check_parameters()
         name = type(self).__name__
-        self.reference_ = as_subspaces(X, roles_in(pairs), self.device, name)
-        anonymous = self.reference_.roles == (ANONYMOUS,)
-        self.pairs_ = _ANONYMOUS_PAIRS if anonymous else pairs
-        for role in roles_in(self.pairs_):
-            self.reference_.role(role)
-        self.reference_heads_ = self.reference_.heads
-        self.d_model_ = self.reference_.d_model
+        self._reference: Subspaces | pd.DataFrame
+        if (table := self._for_workers(X)) is not None:
+            self._reference = self.reference_heads_ = table
+        else:
+            subspaces = as_subspaces(X, roles_in(self.pairs_), self.device, name)
+            if subspaces.roles == (ANONYMOUS,):
+                self.pairs_ = _ANONYMOUS_PAIRS
+            for role in roles_in(self.pairs_):
+                subspaces.role(role)
+            self._reference, self.reference_heads_ = subspaces, subspaces.heads
+        self.d_model_ = int(self.reference_heads_["d_model"].iloc[0])
+
+    @property
+    def reference_(self) -> Subspaces:
+        """The fitted heads; extracted anew at every access where workers were to read them."""
+        roles = roles_in(self.pairs_)
+        return as_subspaces(self._reference, roles, self.device, type(self).__name__)
 
     def transform(self, X: Any) -> Any:
         """Compare heads with the reference heads.
@@ -191,70 +253,99 @@ class SubspaceKernel(PairwiseKernel):
         """
         check_is_fitted(self)
         name = type(self).__name__
+        if isinstance(self._reference, pd.DataFrame):
+            table = self._for_workers(X)
+            if table is not None:
+                self._check_width(int(table["d_model"].iloc[0]))
+                return self._output(self._from_workers(table, self._reference))
+        reference = self.reference_
         anonymous = self.pairs_ == _ANONYMOUS_PAIRS
-        needed = list(dict.fromkeys(pair[0] for pair in self.pairs_))
-        rows = as_subspaces(X, ROLES if anonymous else needed, self.device, name)
+        rows = as_subspaces(X, ROLES if anonymous else self._roles(0), self.device, name)
         self._check_width(rows.d_model)
         if anonymous != (rows.roles == (ANONYMOUS,)):
             raise HeadShapeError(
-                f"{name}: was fitted on the roles {' '.join(self.reference_.roles)}, but these "
+                f"{name}: was fitted on the roles {' '.join(reference.roles)}, but these "
                 f"heads have the roles {' '.join(rows.roles)}; use one kind of input for both"
             )
-        check_same_record(self.reference_.record, rows.record, name)
-        return self._compare_with_reference(rows)
+        check_same_record(reference.record, rows.record, name)
+        return self._output(self._compare(rows, reference))
 
-    def _compare_with_reference(self, given: Subspaces | None) -> Any:
-        """Compare heads, or with None the reference heads themselves, with the reference."""
-        reference, rows = self.reference_, self.reference_ if given is None else given
-        columns = None if given is None else partial(self._stack, reference)
-        compared = Compared(
-            Sides.of(self.pairs_, partial(self._stack, rows), columns),
+    def _compare_with_reference(self, given: None) -> Any:
+        """Compare the reference heads with each other."""
+        if isinstance(self._reference, pd.DataFrame):
+            return self._output(self._from_workers(self._reference, None))
+        return self._output(self._compare(self.reference_, None))
+
+    def _for_workers(self, X: Any) -> pd.DataFrame | None:
+        """The heads table, if that is what came in and workers are to read it."""
+        table = None
+        if isinstance(X, pd.DataFrame):
+            table = open_door(X, type(self).__name__).heads
+        return table if self._shares(table) else None
+
+    def _from_workers(self, rows: pd.DataFrame, columns: pd.DataFrame | None) -> Similarity:
+        measured = self._measure_in_workers(rows, columns)
+        heads = rows, rows if columns is None else columns
+        ranks = measured.row_facts, measured.column_facts
+        return self._similarity(measured, heads, ranks, RAW)
+
+    def _compare(self, rows: Subspaces, columns: Subspaces | None) -> Similarity:
+        measured = self._measure(self._compared(rows, columns))
+        reference = rows if columns is None else columns
+        ranks = measured.row_facts, measured.column_facts
+        heads = rows.heads, reference.heads
+        return self._similarity(measured, heads, ranks, reference.record, (rows, reference))
+
+    def _compared(self, rows: Subspaces, columns: Subspaces | None) -> Compared:
+        reference = rows if columns is None else columns
+        return Compared(
+            Sides.of(
+                self.pairs_,
+                partial(self._stack, rows),
+                None if columns is None else partial(self._stack, columns),
+            ),
             rows.heads,
             reference.heads,
-            {pair[0]: rows.role(pair[0]).index for pair in self.pairs_},
-            {pair[1]: reference.role(pair[1]).index for pair in self.pairs_},
+            {role: rows.role(role).index for role in self._roles(0)},
+            {role: reference.role(role).index for role in self._roles(1)},
             np.stack([rows.ranks(pair[0]) for pair in self.pairs_], axis=1),
             np.stack([reference.ranks(pair[1]) for pair in self.pairs_], axis=1),
             self.layer_order,
         )
-        measured = self._measure(compared)
-        return self._output(
-            Similarity(
-                measured.values, self.pairs_, rows.heads, reference.heads, measured.unit,
-                dict(reference.record), self.d_model_, compared.row_ranks, compared.column_ranks,
-                measured.null_mean, measured.null_sd, rows, reference,
-            )
-        )  # fmt: skip
 
     def _stack(self, subspaces: Subspaces, role: str) -> Stack:
         vectors = subspaces.role(role).vectors
         return vectors if self.device is None else vectors.to(self.device)
 
+    def _roles(self, side: int) -> list[str]:
+        """Roles of the row heads (0) or of the column heads (1)."""
+        return list(dict.fromkeys(pair[side] for pair in self.pairs_))
+
+    def _factors_of(self, pairs: Sequence[str]) -> Factors:
+        return Factors.of(pairs, copies=1)
+
+    def _measure_tables(self, rows: pd.DataFrame, columns: pd.DataFrame | None) -> Measured:
+        self.pairs_ = self._check_parameters()
+        name = type(self).__name__
+        roles = roles_in(self.pairs_) if columns is None else self._roles(0)
+        left = as_subspaces(rows, roles, self.device, name)
+        right = None
+        if columns is not None:
+            right = as_subspaces(columns, self._roles(1), self.device, name)
+        return self._measure(self._compared(left, right))
+
     @abstractmethod
     def _measure(self, compared: Compared) -> Measured:
-        """Values of all pairs, their unit, and what random heads give."""
+        """Values of all pairs; the facts are the ranks."""
 
 
-class WeightKernel(PairwiseKernel):
-    """What kernels of raw matrices share: every matrix is brought to Frobenius norm 1."""
+class MatrixKernel(SharedKernel):
+    """What kernels of the heads' matrices share: the door, the fit and the form of the result."""
 
-    def __init__(
-        self,
-        pairs: Sequence[str] = ("OQ", "OK", "OV"),
-        layer_order: str = "forward",
-        fold_norm: bool = False,
-        center: bool = False,
-        max_memory: int | str = "1GiB",
-        device: str | torch.device | None = None,
-    ) -> None:
-        self.pairs = pairs
-        self.layer_order = layer_order
-        self.fold_norm = fold_norm
-        self.center = center
-        self.max_memory = max_memory
-        self.device = device
+    fold_norm: bool
+    center: bool
 
-    def fit(self, X: Any, y: Any = None) -> WeightKernel:
+    def fit(self, X: Any, y: Any = None) -> MatrixKernel:
         """Remember the reference heads.
 
         Parameters
@@ -273,7 +364,7 @@ class WeightKernel(PairwiseKernel):
 
     def _fit(self, X: Any) -> None:
         pairs = self._check_parameters()
-        self._reference = open_weights(X, self).kept()
+        self._reference = self._open(X).kept()
         self.pairs_ = _ANONYMOUS_PAIRS if self._reference.anonymous else pairs
         self.reference_heads_ = self._reference.heads
         self.d_model_ = self._reference.d_model
@@ -292,46 +383,82 @@ class WeightKernel(PairwiseKernel):
             Or a DataFrame of its 2-D form, after ``set_output(transform="pandas")``.
         """
         check_is_fitted(self)
-        rows = open_weights(X, self)
+        rows = self._open(X)
         self._check_width(rows.d_model)
         check_same_kind(self._reference.anonymous, rows.anonymous, type(self).__name__)
         return self._compare_with_reference(rows)
 
+    def _open(self, X: Any) -> HeadInput:
+        return open_weights(X, self)
+
     def _compare_with_reference(self, given: HeadInput | None) -> Any:
         """Compare heads, or with None the reference heads themselves, with the reference."""
+        rows, columns = (self._reference, None) if given is None else (given, self._reference)
         reference = self._reference
-        rows = reference if given is None else given
-        read = {role: self._unit(reference, role) for role in self._roles(given is None)}
-        own = read
-        if given is not None:
-            own = {role: self._unit(rows, role) for role in {pair[0] for pair in self.pairs_}}
-        columns = None if given is None else (lambda role: read[role][0])
-        row_ranks, column_ranks = (
-            np.repeat(heads["d_head"].to_numpy()[:, None], len(self.pairs_), axis=1)
-            for heads in (rows.heads, reference.heads)
-        )
-        compared = Compared(
-            Sides.of(self.pairs_, lambda role: own[role][0], columns),
-            rows.heads,
-            reference.heads,
-            {role: index for role, (_, index) in own.items()},
-            {role: index for role, (_, index) in read.items()},
-            row_ranks,
-            column_ranks,
-            self.layer_order,
-        )
-        measured = self._measure(compared)
-        record = {"fold_norm": self.fold_norm, "center": self.center, "rank": None}
-        return self._output(
-            Similarity(
-                measured.values, self.pairs_, rows.heads, reference.heads, measured.unit, record,
-                self.d_model_, row_ranks, column_ranks, measured.null_mean, measured.null_sd,
-            )
-        )  # fmt: skip
+        if self._shares(rows.table, reference.table):
+            table = None if columns is None else columns.heads
+            measured = self._measure_in_workers(rows.heads, table)
+        else:
+            measured = self._measure(rows, columns)
+        ranks = _widths(rows.heads, self.pairs_), _widths(reference.heads, self.pairs_)
+        record = RAW | {"fold_norm": self.fold_norm, "center": self.center}
+        heads = rows.heads, reference.heads
+        return self._output(self._similarity(measured, heads, ranks, record))
 
-    def _roles(self, both_sides: bool) -> list[str]:
-        """Roles of the reference heads that are needed."""
-        return roles_in(self.pairs_) if both_sides else [*{pair[1]: None for pair in self.pairs_}]
+    def _measure_tables(self, rows: pd.DataFrame, columns: pd.DataFrame | None) -> Measured:
+        self._fit(rows if columns is None else columns)
+        return self._measure(self._open(rows), None if columns is None else self._reference)
+
+    @abstractmethod
+    def _measure(self, rows: HeadInput, columns: HeadInput | None) -> Measured:
+        """Compare heads, with None those of one side with each other."""
+
+
+class WeightKernel(MatrixKernel):
+    """What kernels of single matrices share: every matrix is brought to Frobenius norm 1."""
+
+    def __init__(
+        self,
+        pairs: Sequence[str] = ("OQ", "OK", "OV"),
+        layer_order: str = "forward",
+        fold_norm: bool = False,
+        center: bool = False,
+        max_memory: int | str = "1GiB",
+        device: str | torch.device | None = None,
+        n_jobs: int | None = None,
+    ) -> None:
+        self.pairs = pairs
+        self.layer_order = layer_order
+        self.fold_norm = fold_norm
+        self.center = center
+        self.max_memory = max_memory
+        self.device = device
+        self.n_jobs = n_jobs
+
+    def _measure(self, rows: HeadInput, columns: HeadInput | None) -> Measured:
+        reference = rows if columns is None else columns
+        roles = roles_in(self.pairs_) if columns is None else [p[1] for p in self.pairs_]
+        read = {role: self._unit(reference, role) for role in dict.fromkeys(roles)}
+        own = read
+        if columns is not None:
+            roles = [pair[0] for pair in self.pairs_]
+            own = {role: self._unit(rows, role) for role in dict.fromkeys(roles)}
+        return self._measure_units(
+            Compared(
+                Sides.of(
+                    self.pairs_,
+                    lambda role: own[role][0],
+                    None if columns is None else (lambda role: read[role][0]),
+                ),
+                rows.heads,
+                reference.heads,
+                {role: index for role, (_, index) in own.items()},
+                {role: index for role, (_, index) in read.items()},
+                _widths(rows.heads, self.pairs_),
+                _widths(reference.heads, self.pairs_),
+                self.layer_order,
+            )
+        )
 
     def _unit(self, source: HeadInput, role: str) -> tuple[torch.Tensor, NDArray[np.int64]]:
         """Distinct matrices of a role at norm 1, none zero, and which every head uses."""
@@ -340,6 +467,14 @@ class WeightKernel(PairwiseKernel):
         refuse_zero(zero.cpu().numpy()[read.index], source.heads, role, type(self).__name__)
         return unit, read.index
 
+    def _factors_of(self, pairs: Sequence[str]) -> Factors:
+        return Factors.of(pairs, copies=2)
+
     @abstractmethod
-    def _measure(self, compared: Compared) -> Measured:
-        """Values of all pairs, their unit, and what random heads give."""
+    def _measure_units(self, compared: Compared) -> Measured:
+        """Values of all pairs, and what the law of random heads asks of every head."""
+
+
+def _widths(heads: pd.DataFrame, pairs: Sequence[str]) -> NDArray[np.int64]:
+    """Columns of the matrices of every head, for every pair kind."""
+    return np.repeat(heads["d_head"].to_numpy()[:, None], len(pairs), axis=1)

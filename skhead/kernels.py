@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.utils.validation import check_is_fitted
 
 from skhead._base import (
     ROLES,
@@ -16,9 +15,9 @@ from skhead._base import (
     defined_pairs,
     rank_scale,
 )
-from skhead._compared import Compared, Measured, Sides, expand, open_weights
-from skhead._pairwise import LAYER_ORDERS, PairwiseKernel, SubspaceKernel
-from skhead.containers import Similarity
+from skhead._compared import Compared, Law, Measured, Sides, expand
+from skhead._pairwise import LAYER_ORDERS, MatrixKernel, SubspaceKernel
+from skhead._tiling import Factors
 from skhead.exceptions import DegenerateHeadError, HeadShapeError
 from skhead.linalg.factored import map_factors
 from skhead.stats.haar import haar_moments
@@ -53,6 +52,10 @@ class ProjectionKernel(SubspaceKernel):
         Scratch allowed beyond the input and the result.
     device : str, torch.device or None, default=None
         Where to compute; None means where the subspaces are.
+    n_jobs : int or None, default=None
+        Workers that share the pairs of a heads table, as for joblib; None means 1 unless joblib's
+        context says more. Each reads the weights of its heads, and `max_memory` is then what it may
+        hold of them, scratch included.
 
     Attributes
     ----------
@@ -93,12 +96,14 @@ class ProjectionKernel(SubspaceKernel):
         normalize: str | None = None,
         max_memory: int | str = "1GiB",
         device: str | torch.device | None = None,
+        n_jobs: int | None = None,
     ) -> None:
         self.pairs = pairs
         self.layer_order = layer_order
         self.normalize = normalize
         self.max_memory = max_memory
         self.device = device
+        self.n_jobs = n_jobs
 
     def _measure(self, compared: Compared) -> Measured:
         ranks = compared.row_ranks, compared.column_ranks
@@ -106,12 +111,14 @@ class ProjectionKernel(SubspaceKernel):
         def scale(p: int) -> Any:
             return rank_scale(ranks[0][:, None, p], ranks[1][None, :, p], self.normalize)
 
-        values = compared.spread(self._overlaps(compared.sides), scale)
+        return Measured(compared.spread(self._overlaps(compared.sides), scale), *ranks)
+
+    def _law(self, row_facts: NDArray[Any], column_facts: NDArray[Any]) -> Law:
         unit = "pk" if self.normalize is None else f"pk/{self.normalize}"
-        return Measured(values, unit, *_haar_summary(*ranks, self.d_model_, self.normalize))
+        return Law(unit, *_haar_summary(row_facts, column_facts, self.d_model_, self.normalize))
 
 
-class CompositionScore(PairwiseKernel):
+class CompositionScore(MatrixKernel):
     """How much of what one head writes passes through what another reads, gains included.
 
     With the OV map ``W_V W_O`` of the row head and, for the column head, its QK map ``W_Q W_K^T``
@@ -136,6 +143,10 @@ class CompositionScore(PairwiseKernel):
         Scratch allowed beyond the head factors and the result.
     device : str, torch.device or None, default=None
         Where to compute.
+    n_jobs : int or None, default=None
+        Workers that share the pairs of a heads table, as for joblib; None means 1 unless joblib's
+        context says more. Each reads the weights of its heads, and `max_memory` is then what it may
+        hold of them, scratch included.
 
     Attributes
     ----------
@@ -182,6 +193,7 @@ class CompositionScore(PairwiseKernel):
         center: bool = False,
         max_memory: int | str = "1GiB",
         device: str | torch.device | None = None,
+        n_jobs: int | None = None,
     ) -> None:
         self.pairs = pairs
         self.layer_order = layer_order
@@ -190,6 +202,7 @@ class CompositionScore(PairwiseKernel):
         self.center = center
         self.max_memory = max_memory
         self.device = device
+        self.n_jobs = n_jobs
 
     def fit(self, X: Any, y: Any = None) -> CompositionScore:
         """Remember the reference heads.
@@ -204,35 +217,11 @@ class CompositionScore(PairwiseKernel):
         -------
         self
         """
-        self._fit(X)
+        super().fit(X)
         return self
 
-    def _fit(self, X: Any) -> None:
-        self.pairs_ = self._check_parameters()
-        self._reference = self._open(X).kept()
-        self.reference_heads_ = self._reference.heads
-        self.d_model_ = self._reference.d_model
-
-    def transform(self, X: Any) -> Any:
-        """Compare heads with the reference heads.
-
-        Parameters
-        ----------
-        X : DataFrame, array or Tensor
-            As for `fit`, of the same d_model.
-
-        Returns
-        -------
-        Similarity
-            Or a DataFrame of its 2-D form, after ``set_output(transform="pandas")``.
-        """
-        check_is_fitted(self)
-        rows = self._open(X)
-        self._check_width(rows.d_model)
-        return self._compare_with_reference(rows)
-
     def _open(self, X: Any) -> HeadInput:
-        source = open_weights(X, self)
+        source = super()._open(X)
         if source.anonymous:
             raise HeadShapeError(
                 f"{type(self).__name__}: a composition score needs all four matrices of a head; "
@@ -240,39 +229,35 @@ class CompositionScore(PairwiseKernel):
             )
         return source
 
-    def _compare_with_reference(self, given: HeadInput | None) -> Any:
-        """Compare heads, or with None the reference heads themselves, with the reference."""
-        reference = self._reference
-        rows = reference if given is None else given
+    def _measure(self, rows: HeadInput, columns: HeadInput | None) -> Measured:
+        reference = rows if columns is None else columns
         read = self._matrices(reference, self._roles_to_read())
-        own = read if given is None else self._matrices(given, "VO")
+        own = read if columns is None else self._matrices(rows, "VO")
         writer, writer_norms = self._factors(own["O"], own["V"], rows, "OV")
         readers = [
             self._factors(read[facing], read[away], reference, pair)
             for pair, facing, away in ((pair, *_READER_ROLES[pair]) for pair in self.pairs_)
         ]
         dtype = torch.promote_types(writer.dtype, readers[0][0].dtype)
-        columns = [reader.to(dtype) for reader, _ in readers]
+        stacks = [reader.to(dtype) for reader, _ in readers]
         blocks = {pair: (0, p) for p, pair in enumerate(self.pairs_)}
-        found = self._overlaps(Sides([writer.to(dtype)], columns, blocks))
+        found = self._overlaps(Sides([writer.to(dtype)], stacks, blocks))
         values = np.empty((len(rows.heads), len(reference.heads), len(readers)), dtype=np.float32)
+        defined = defined_pairs(rows.heads, reference.heads, False, self.layer_order)
         for p, pair in enumerate(self.pairs_):
             score = np.sqrt(np.maximum(found[pair], 0.0)) / np.outer(writer_norms, readers[p][1])
-            defined = defined_pairs(rows.heads, reference.heads, False, self.layer_order)
             values[:, :, p] = np.where(defined, self._above_baseline(score), np.nan)
-        chance = np.full((1, 1, len(readers)), self.d_model_**-0.5)
+        none = (np.zeros((len(side.heads), len(readers))) for side in (rows, reference))
+        return Measured(values, *none)
+
+    def _law(self, row_facts: NDArray[Any], column_facts: NDArray[Any]) -> Law:
+        chance = np.full((1, 1, len(self.pairs_)), self.d_model_**-0.5)
         unit = "composition" if self.baseline is None else f"composition/{self.baseline}"
-        record = {"fold_norm": self.fold_norm, "center": self.center, "rank": None}
-        ranks = [
-            np.repeat(heads["d_head"].to_numpy()[:, None], len(readers), axis=1)
-            for heads in (rows.heads, reference.heads)
-        ]
-        return self._output(
-            Similarity(
-                values, self.pairs_, rows.heads, reference.heads, unit, record, self.d_model_,
-                ranks[0], ranks[1], self._above_baseline(chance), np.full((1, 1, 1), np.nan),
-            )
-        )  # fmt: skip
+        return Law(unit, self._above_baseline(chance), np.full((1, 1, 1), np.nan))
+
+    def _factors_of(self, pairs: Sequence[str]) -> Factors:
+        blocks = tuple((0, p) for p in range(len(pairs)))
+        return Factors(("O",), ("Q",) * len(pairs), blocks, copies=3)
 
     def _above_baseline(self, score: NDArray[np.float64]) -> NDArray[np.float64]:
         chance = self.d_model_**-0.5

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from skhead._compared import Compared, Measured
+from skhead._compared import Compared, Law, Measured
 from skhead._pairwise import LAYER_ORDERS, SubspaceKernel, WeightKernel
 from skhead.linalg.alignments import Measure, gram_sizes, nuclear_norms
 from skhead.linalg.angles import GRASSMANN_METRICS, AngleDistance, largest_distance
@@ -50,6 +50,10 @@ class ProcrustesSimilarity(WeightKernel):
         Scratch allowed beyond the head matrices and the result.
     device : str, torch.device or None, default=None
         Where to compute.
+    n_jobs : int or None, default=None
+        Workers that share the pairs of a heads table, as for joblib; None means 1 unless joblib's
+        context says more. Each reads the weights of its heads, and `max_memory` is then what it may
+        hold of them, scratch included.
 
     Attributes
     ----------
@@ -90,10 +94,13 @@ class ProcrustesSimilarity(WeightKernel):
     Similarity(16 x 16 heads, pairs OK, unit procrustes)
     """
 
-    def _measure(self, compared: Compared) -> Measured:
+    def _measure_units(self, compared: Compared) -> Measured:
         wanted = {pair: compared.wanted(pair) for pair in compared.pairs}
         found = self._cross_measures(compared, wanted, lambda _: (nuclear_norms, 0))
-        return Measured(compared.spread(found), "procrustes", _UNKNOWN, _UNKNOWN)
+        return Measured(compared.spread(found), compared.row_ranks, compared.column_ranks)
+
+    def _law(self, row_facts: NDArray[Any], column_facts: NDArray[Any]) -> Law:
+        return Law("procrustes", _UNKNOWN, _UNKNOWN)
 
 
 class LinearCKA(WeightKernel):
@@ -119,6 +126,10 @@ class LinearCKA(WeightKernel):
         Scratch allowed beyond the head matrices and the result.
     device : str, torch.device or None, default=None
         Where to compute.
+    n_jobs : int or None, default=None
+        Workers that share the pairs of a heads table, as for joblib; None means 1 unless joblib's
+        context says more. Each reads the weights of its heads, and `max_memory` is then what it may
+        hold of them, scratch included.
 
     Attributes
     ----------
@@ -157,14 +168,17 @@ class LinearCKA(WeightKernel):
     Similarity(16 x 16 heads, pairs OK, unit cka)
     """
 
-    def _measure(self, compared: Compared) -> Measured:
-        row_sizes, column_sizes = _gram_sizes(compared)
-        sizes = row_sizes[:, None], column_sizes[None]
+    def _measure_units(self, compared: Compared) -> Measured:
+        rows, columns = _gram_sizes(compared)
         found = self._overlaps(compared.sides)
-        values = compared.spread(found, lambda p: sizes[0][:, :, p] * sizes[1][:, :, p])
+        values = compared.spread(found, lambda p: rows[:, None, p] * columns[None, :, p])
+        return Measured(values, rows, columns)
+
+    def _law(self, row_facts: NDArray[Any], column_facts: NDArray[Any]) -> Law:
+        sizes = row_facts[:, None], column_facts[None]
         law = oriented_overlap_moments(*sizes, _free_dimension(self))
         scale = sizes[0] * sizes[1]
-        return Measured(values, "cka", law.mean / scale, np.sqrt(law.variance) / scale)
+        return Law("cka", law.mean / scale, np.sqrt(law.variance) / scale)
 
 
 class SimpleComposition(WeightKernel):
@@ -190,6 +204,10 @@ class SimpleComposition(WeightKernel):
         Scratch allowed beyond the head matrices and the result.
     device : str, torch.device or None, default=None
         Where to compute.
+    n_jobs : int or None, default=None
+        Workers that share the pairs of a heads table, as for joblib; None means 1 unless joblib's
+        context says more. Each reads the weights of its heads, and `max_memory` is then what it may
+        hold of them, scratch included.
 
     Attributes
     ----------
@@ -230,17 +248,16 @@ class SimpleComposition(WeightKernel):
     Similarity(16 x 16 heads, pairs OK, unit simple-composition)
     """
 
-    def _measure(self, compared: Compared) -> Measured:
-        row_sizes, column_sizes = _gram_sizes(compared)
+    def _measure_units(self, compared: Compared) -> Measured:
         overlaps = self._overlaps(compared.sides)
         found = {pair: np.sqrt(np.maximum(values, 0.0)) for pair, values in overlaps.items()}
-        squared = oriented_overlap_moments(
-            row_sizes[:, None], column_sizes[None], _free_dimension(self)
-        )
+        return Measured(compared.spread(found), *_gram_sizes(compared))
+
+    def _law(self, row_facts: NDArray[Any], column_facts: NDArray[Any]) -> Law:
+        sizes = row_facts[:, None], column_facts[None]
+        squared = oriented_overlap_moments(*sizes, _free_dimension(self))
         law = root_moments(*squared, upper=1.0)
-        return Measured(
-            compared.spread(found), "simple-composition", law.mean, np.sqrt(law.variance)
-        )
+        return Law("simple-composition", law.mean, np.sqrt(law.variance))
 
 
 class GrassmannDistance(SubspaceKernel):
@@ -275,6 +292,10 @@ class GrassmannDistance(SubspaceKernel):
         Scratch allowed beyond the input and the result.
     device : str, torch.device or None, default=None
         Where to compute; None means where the subspaces are.
+    n_jobs : int or None, default=None
+        Workers that share the pairs of a heads table, as for joblib; None means 1 unless joblib's
+        context says more. Each reads the weights of its heads, and `max_memory` is then what it may
+        hold of them, scratch included.
 
     Attributes
     ----------
@@ -337,6 +358,7 @@ class GrassmannDistance(SubspaceKernel):
         output: str = "distance",
         max_memory: int | str = "1GiB",
         device: str | torch.device | None = None,
+        n_jobs: int | None = None,
     ) -> None:
         self.pairs = pairs
         self.layer_order = layer_order
@@ -344,6 +366,7 @@ class GrassmannDistance(SubspaceKernel):
         self.output = output
         self.max_memory = max_memory
         self.device = device
+        self.n_jobs = n_jobs
 
     def _check_parameters(self) -> tuple[str, ...]:
         pairs = super()._check_parameters()
@@ -356,15 +379,24 @@ class GrassmannDistance(SubspaceKernel):
 
     def _measure(self, compared: Compared) -> Measured:
         values = compared.spread(self._distances(compared))
-        r, s = compared.row_ranks[:, None], compared.column_ranks[None]
+        ranks = compared.row_ranks, compared.column_ranks
+        if self.output == "similarity":
+            values = (1 - values / self._largest(*ranks)).astype(np.float32)
+        return Measured(values, *ranks)
+
+    def _law(self, row_facts: NDArray[Any], column_facts: NDArray[Any]) -> Law:
         mean, sd = _UNKNOWN, _UNKNOWN
         if self.metric == "chordal":
-            mean, sd = _chordal_summary(r, s, self.d_model_)
-        if self.output == "distance":
-            return Measured(values, f"distance/{self.metric}", mean, sd)
-        largest = largest_distance(torch.from_numpy(np.minimum(r, s)), self.metric).numpy()
-        values = (1 - values / largest).astype(np.float32)
-        return Measured(values, f"similarity/{self.metric}", 1 - mean / largest, sd / largest)
+            mean, sd = _chordal_summary(row_facts[:, None], column_facts[None], self.d_model_)
+        if self.output == "similarity":
+            largest = self._largest(row_facts, column_facts)
+            mean, sd = 1 - mean / largest, sd / largest
+        return Law(f"{self.output}/{self.metric}", mean, sd)
+
+    def _largest(self, r: NDArray[np.int64], s: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The largest distance that each pair can have."""
+        smaller = torch.from_numpy(np.minimum(r[:, None], s[None]))
+        return np.asarray(largest_distance(smaller, self.metric).numpy())
 
     def _distances(self, compared: Compared) -> dict[str, NDArray[np.floating]]:
         """Distances between the distinct subspaces; chordal ones from the projection kernel."""
