@@ -25,6 +25,7 @@ from sklearn.base import clone
 
 from skhead._compared import Measured
 from skhead._tiling import Factors, Tile, Tiling
+from skhead.exceptions import MemoryBudgetError
 from skhead.weights.live import is_registered
 
 __all__ = ["measure_in_workers", "workers_share"]
@@ -103,6 +104,11 @@ def measure_in_workers(
             gathered.put(tiles[number], block)
             done += tiles[number].flops
             progress(done / total)
+    except MemoryBudgetError as error:
+        raise MemoryBudgetError(
+            f"{error} (in a worker, beside the matrices of its heads, of max_memory={max_memory} "
+            "bytes)"
+        ) from None
     except BrokenProcessPool as error:
         raise type(error)(
             f"{type(kernel).__name__}: a worker process died before its heads were compared, most "
@@ -112,7 +118,7 @@ def measure_in_workers(
     return gathered.measured()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Task:
     """What a worker is sent: the kernel's parameters and rows of heads tables."""
 

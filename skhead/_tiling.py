@@ -37,6 +37,8 @@ _TILES_PER_WORKER = 8
 _LONGEST = 4
 #: Work, relative to one process without limits, beyond which small tiles are worth a warning.
 _MUCH_WORK = 1.5
+#: Share of the memory that the heads' matrices leave to what is computed from them.
+_SCRATCH_SHARE = 0.5
 _ITEMSIZE = 4
 
 Positions = NDArray[np.int64]
@@ -245,6 +247,8 @@ class Tiling:
     ) -> tuple[int, float]:
         held = factors.copies * _ITEMSIZE * sum(math.prod(shape) for shape in left + right)
         scratch = max_memory - held
+        if scratch < max_memory * _SCRATCH_SHARE:
+            return scratch, math.inf
         rows, columns = (
             [torch.empty(shape, device="meta") for shape in side] for side in (left, right)
         )
