@@ -90,17 +90,11 @@ def measure_in_workers(
     """
     tiling = Tiling(rows, columns, kernel.pairs_, kernel.layer_order, factors_of, max_memory)
     tiles = tiling.plan(effective_n_jobs(kernel.n_jobs), type(kernel).__name__)
-    tasks = (delayed(_Task.of(kernel, tiling, tile, number))() for number, tile in enumerate(tiles))
-    supported = get_active_backend()[0].supports_return_generator
-    parallel = Parallel(
-        n_jobs=kernel.n_jobs,
-        batch_size=1,
-        return_as="generator_unordered" if supported else "list",
-    )
+    tasks = [_Task.of(kernel, tiling, tile, number) for number, tile in enumerate(tiles)]
     total, done = sum(tile.flops for tile in tiles), 0.0
     gathered = _Gathered(tiling)
     try:
-        for number, block in parallel(tasks):
+        for number, block in _results(tasks, kernel.n_jobs):
             gathered.put(tiles[number], block)
             done += tiles[number].flops
             progress(done / total)
@@ -116,6 +110,29 @@ def measure_in_workers(
             "use a Dask cluster, which gives the work of a lost worker to another one"
         ) from error
     return gathered.measured()
+
+
+def _results(tasks: Sequence[_Task], n_jobs: int | None) -> Iterator[tuple[int, Measured]]:
+    """What the tasks give, in the order in which they finish where the workers allow it."""
+    backend = get_active_backend()[0]
+    client = getattr(backend, "client", None)
+    if client is None:
+        order = "generator_unordered" if backend.supports_return_generator else "list"
+        parallel = Parallel(n_jobs=n_jobs, batch_size=1, return_as=order)
+        yield from parallel(delayed(task)() for task in tasks)
+        return
+    # joblib waits for ever for a task of which Dask has given up, as it does when one has killed
+    # several workers.
+    from distributed import as_completed
+
+    with backend.retrieval_context():
+        futures = client.map(_run, tasks, pure=False)
+        for _, result in as_completed(futures, with_results=True):
+            yield result
+
+
+def _run(task: _Task) -> tuple[int, Measured]:
+    return task()
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from toys import random_weights, toy_heads
-from workers import FatalKernel
+from workers import DeadlyKernel, FatalKernel
 
 import skhead
 from skhead import CompositionScore, NullCalibrator, ProjectionKernel, SubspaceExtractor
@@ -166,13 +166,14 @@ def test_processes(heads, saved):
             check_equal(ProjectionKernel().fit_transform(table), one)
 
 
-@pytest.mark.parametrize("n_jobs", [None, 2])
-@pytest.mark.parametrize("kernel", [ProjectionKernel(), CompositionScore(layer_order="all")])
-def test_dask_cluster(kernel, n_jobs, gpt2_path, cluster):
+@pytest.mark.parametrize(
+    "kernel", [ProjectionKernel(), CompositionScore(layer_order="all", n_jobs=2)]
+)
+def test_dask_cluster(kernel, gpt2_path, cluster):
     heads = skhead.load_heads(gpt2_path)
-    one = kernel.fit_transform(heads)
+    one = jobs(kernel, None).fit_transform(heads)
     with joblib.parallel_config(backend="dask"):
-        check_equal(jobs(kernel, n_jobs).fit_transform(heads), one)
+        check_equal(kernel.fit_transform(heads), one)
 
 
 def test_dask_hands_on_the_work_of_a_killed_worker(saved, tmp_path, cluster):
@@ -192,6 +193,13 @@ def test_a_killed_process_is_an_error_and_no_number(saved, tmp_path):
         fatal.fit_transform(saved)
     one = ProjectionKernel().fit_transform(saved)
     check_equal(ProjectionKernel(n_jobs=2).fit_transform(saved), one)
+
+
+@pytest.mark.slow
+def test_dask_gives_up_work_that_kills_every_worker(heads, cluster):
+    with joblib.parallel_config(backend="dask"), pytest.raises(Exception, match="workers died"):
+        DeadlyKernel().fit_transform(heads)
+    cluster.wait_for_workers(2)
 
 
 @pytest.mark.slow
