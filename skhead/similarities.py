@@ -52,8 +52,8 @@ class ProcrustesSimilarity(WeightKernel):
         Where to compute.
     n_jobs : int or None, default=None
         Workers that share the pairs of a heads table, as for joblib; None means 1 unless joblib's
-        context says more. Each reads the weights of its heads, and `max_memory` is then what it may
-        hold of them, scratch included.
+        context says more. Each reads the weights of its heads itself, and `max_memory` is then all
+        that it may hold. Heads that only this process holds are not shared out.
 
     Attributes
     ----------
@@ -128,8 +128,8 @@ class LinearCKA(WeightKernel):
         Where to compute.
     n_jobs : int or None, default=None
         Workers that share the pairs of a heads table, as for joblib; None means 1 unless joblib's
-        context says more. Each reads the weights of its heads, and `max_memory` is then what it may
-        hold of them, scratch included.
+        context says more. Each reads the weights of its heads itself, and `max_memory` is then all
+        that it may hold. Heads that only this process holds are not shared out.
 
     Attributes
     ----------
@@ -206,8 +206,8 @@ class SimpleComposition(WeightKernel):
         Where to compute.
     n_jobs : int or None, default=None
         Workers that share the pairs of a heads table, as for joblib; None means 1 unless joblib's
-        context says more. Each reads the weights of its heads, and `max_memory` is then what it may
-        hold of them, scratch included.
+        context says more. Each reads the weights of its heads itself, and `max_memory` is then all
+        that it may hold. Heads that only this process holds are not shared out.
 
     Attributes
     ----------
@@ -294,13 +294,14 @@ class GrassmannDistance(SubspaceKernel):
         Where to compute; None means where the subspaces are.
     n_jobs : int or None, default=None
         Workers that share the pairs of a heads table, as for joblib; None means 1 unless joblib's
-        context says more. Each reads the weights of its heads, and `max_memory` is then what it may
-        hold of them, scratch included.
+        context says more. Each reads the weights of its heads itself, and `max_memory` is then all
+        that it may hold. Heads that only this process holds are not shared out.
 
     Attributes
     ----------
     reference_ : Subspaces
-        The fitted heads, which become the columns.
+        The fitted heads, which become the columns; extracted anew whenever it is asked for if
+        workers were to read them.
     reference_heads_ : DataFrame
         Their heads table.
     pairs_ : tuple of str
