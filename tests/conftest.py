@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -32,3 +33,22 @@ def reference_dir(models_dir: Path) -> Path:
 @pytest.fixture(scope="session")
 def gpt2_path(models_dir: Path) -> str:
     return str(models_dir / "gpt2-small-attention")
+
+
+@pytest.fixture(scope="session")
+def stories_tokenizer(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the byte-pair encoding of stories260k as tokenizer.json."""
+    tokenizers = pytest.importorskip("tokenizers")
+    listed = json.loads((models_dir / "stories260k" / "tokens.json").read_text(encoding="utf-8"))
+    ids = {entry["text"]: entry["id"] for entry in listed[3:]}
+    texts = [text for text in ids if not text.startswith("<0x")]
+    merges = [
+        (text[:cut], text[cut:])
+        for text in texts
+        for cut in range(1, len(text))
+        if text[:cut] in ids and text[cut:] in ids
+    ]
+    model = tokenizers.models.BPE({text: ids[text] for text in texts}, merges)
+    directory = tmp_path_factory.mktemp("tokenizer")
+    tokenizers.Tokenizer(model).save(str(directory / "tokenizer.json"))
+    return directory

@@ -152,21 +152,10 @@ def test_tokenizers_are_opened_with_their_special_tokens(model, tmp_path):
     assert SCRIPT["open_tokenizer"](str(model.parent)) == str(model.parent)
 
 
-def test_a_trained_model_and_a_tokenizer_of_512_tokens(models_dir, tmp_path):
-    directory = models_dir / "stories260k"
-    entries = json.loads((directory / "tokens.json").read_text(encoding="utf-8"))[3:]
-    texts = [e["text"] for e in entries if not e["text"].startswith("<0x")]
-    ids = {e["text"]: e["id"] for e in entries}
-    merges = [
-        (text[:cut], text[cut:])
-        for text in texts
-        for cut in range(1, len(text))
-        if text[:cut] in ids and text[cut:] in ids
-    ]
-    encoding = tokenizers.models.BPE({text: ids[text] for text in texts}, merges)
-    tokenizers.Tokenizer(encoding).save(str(tmp_path / "tokenizer.json"))
-    more = ["--tokenizer", str(tmp_path), "--bos", "1", "--n-prompts", "20"]
-    summary, _ = run(directory, tmp_path / "out", "order", *more, "--n-interventions", "2")
+def test_a_trained_model_and_a_tokenizer_of_512_tokens(models_dir, stories_tokenizer, tmp_path):
+    more = ["--tokenizer", str(stories_tokenizer), "--bos", "1", "--n-prompts", "20"]
+    more += ["--n-interventions", "2"]
+    summary, _ = run(models_dir / "stories260k", tmp_path / "out", "order", *more)
     for found in summary["heads"].values():
         assert found["d_head"] == 8 and found["rank"]["order"] <= 8
         assert 0 < found["auc"] <= 1

@@ -29,24 +29,6 @@ def stories(models_dir):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(stories, tmp_path_factory):
-    """A directory with the byte-pair encoding of stories260k as tokenizer.json."""
-    entries = json.loads((stories / "tokens.json").read_text(encoding="utf-8"))[3:]
-    texts = [e["text"] for e in entries if not e["text"].startswith("<0x")]
-    ids = {e["text"]: e["id"] for e in entries}
-    merges = [
-        (text[:cut], text[cut:])
-        for text in texts
-        for cut in range(1, len(text))
-        if text[:cut] in ids and text[cut:] in ids
-    ]
-    model = tokenizers.models.BPE({text: ids[text] for text in texts}, merges)
-    directory = tmp_path_factory.mktemp("tokenizer")
-    tokenizers.Tokenizer(model).save(str(directory / "tokenizer.json"))
-    return directory
-
-
-@pytest.fixture(scope="module")
 def words(stories):
     entries = json.loads((stories / "tokens.json").read_text(encoding="utf-8"))
     texts = [e["text"] for e in entries]
@@ -65,11 +47,17 @@ def operations(words, tmp_path_factory):
     return path
 
 
-def test_the_whole_run(stories, tokenizer, operations, words, tmp_path, capsys):
+def test_the_whole_run(stories, stories_tokenizer, operations, words, tmp_path, capsys):
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps({"word_copying": "She said the <X>"}), encoding="utf-8")
     out = tmp_path / "table.csv"
-    arguments = [str(stories), "--tokenizer", str(tokenizer), "--operations", str(operations)]
+    arguments = [
+        str(stories),
+        "--tokenizer",
+        str(stories_tokenizer),
+        "--operations",
+        str(operations),
+    ]
     arguments += ["--out", str(out), "--bos", "1", "--prompts", str(prompts), "--limit", "3"]
     for template in TEMPLATES:
         arguments += ["--template", template]
@@ -81,11 +69,11 @@ def test_the_whole_run(stories, tokenizer, operations, words, tmp_path, capsys):
     assert "word_first_letter" in printed and "heads removed" in printed
     mapper = OperationMapper(
         {"word_first_letter": [(w, w[0]) for w in words[0] if f" {w[0]}" in words[1]]},
-        tokenizer,
+        stories_tokenizer,
     )
     static = mapper.fit_transform(skhead.load_heads(stories))
     pairs = mapper.token_ids_["word_first_letter"]
-    encode = tokenizers.Tokenizer.from_file(str(tokenizer / "tokenizer.json")).encode
+    encode = tokenizers.Tokenizer.from_file(str(stories_tokenizer / "tokenizer.json")).encode
     starts = [([1, *encode(template.removesuffix(" <X>")).ids], []) for template in TEMPLATES]
     found = compare_scores(static, dynamic_scores(stories, {"word_first_letter": pairs}, starts))
     row = table.loc["word_first_letter"]
@@ -101,9 +89,19 @@ def test_the_whole_run(stories, tokenizer, operations, words, tmp_path, capsys):
     assert curves["n_removed"].max() == 3 and (curves["n_prompts"] == 61).all()
 
 
-def test_operations_of_the_package_that_a_small_vocabulary_holds(stories, tokenizer, tmp_path):
+def test_operations_of_the_package_that_a_small_vocabulary_holds(
+    stories, stories_tokenizer, tmp_path
+):
     out = tmp_path / "table.csv"
-    arguments = [str(stories), "--tokenizer", str(tokenizer), "--out", str(out), "--bos", "1"]
+    arguments = [
+        str(stories),
+        "--tokenizer",
+        str(stories_tokenizer),
+        "--out",
+        str(out),
+        "--bos",
+        "1",
+    ]
     assert SCRIPT["main"]([*arguments, "--min-pairs", "2", "--template", TEMPLATES[0]]) == 0
     table = pd.read_csv(out, index_col="operation")
     assert len(table) >= 3 and (table["n_pairs"] >= 2).all()
