@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 #: Numbers that are gathered and multiplied at once.
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
 #: Numbers in one block of products of queries with keys.
 _OUTER = 1 << 22
 #: What `ContrastMoments` sums.
