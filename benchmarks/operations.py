@@ -71,11 +71,12 @@ def dense_algorithm(heads: pd.DataFrame, pairs: dict[str, np.ndarray]) -> tuple[
     """Seconds of processor for some heads, and their scores of promotion and suppression."""
     source = heads["source"].iloc[0]
     unembedding = read_token_space(source, tables=("unembedding",)).unembedding
-    embedding = read_source_embedding(source, "mlp0")
+    embeddings = {kind: read_source_embedding(source, kind) for kind in ("raw", "mlp0")}
     read, write = (torch.from_numpy(skhead.load_weights(heads, role)) for role in "VO")
     scores = np.zeros((len(heads), 2 * len(pairs)))
     started = time.process_time()
     for head in range(len(heads)):
+        embedding = embeddings["mlp0" if heads["layer"].iloc[head] else "raw"]
         whole = read[head] @ write[head].T
         for column, (name, ids) in enumerate(pairs.items()):
             k = 1 if "copying" in name else 10
