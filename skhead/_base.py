@@ -395,8 +395,7 @@ def defined_pairs(
     -------
     ndarray of shape (n_rows, n_columns)
     """
-    layered = all((heads["layer"] != NO_LAYER).all() for heads in (rows, columns))
-    if layer_order == "forward" and layered:
+    if goes_forward(rows, columns, layer_order):
         earlier = rows["layer"].to_numpy()[:, None] < columns["layer"].to_numpy()[None, :]
         sources = pd.factorize(pd.concat([rows["source"], columns["source"]]))[0]
         return earlier & (sources[: len(rows), None] == sources[None, len(rows) :])
@@ -404,6 +403,19 @@ def defined_pairs(
         return np.ones((len(rows), len(columns)), dtype=bool)
     row_codes, column_codes = head_codes(rows, columns)
     return row_codes[:, None] != column_codes[None, :]
+
+
+def goes_forward(rows: pd.DataFrame, columns: pd.DataFrame, layer_order: str) -> bool:
+    """Whether only pairs of an earlier and a later layer are defined.
+
+    Parameters
+    ----------
+    rows, columns : DataFrame
+        Heads tables; without layers, all pairs are.
+    layer_order : {"forward", "all"}
+    """
+    layered = all((heads["layer"] != NO_LAYER).all() for heads in (rows, columns))
+    return layer_order == "forward" and layered
 
 
 def rank_scale(r: NDArray[np.int64], s: NDArray[np.int64], normalize: str | None) -> Any:

@@ -12,10 +12,11 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from skhead._base import ANONYMOUS, HeadInput, defined_pairs, open_door
+from skhead._base import ANONYMOUS, HeadInput, defined_pairs, goes_forward, open_door
 from skhead.containers import Subspaces
 from skhead.exceptions import DegenerateHeadError, HeadShapeError
 from skhead.linalg.alignments import Measure, cross_measures
+from skhead.linalg.kernels import Spans
 from skhead.linalg.stacks import Stack
 from skhead.weights import head_labels
 
@@ -26,6 +27,7 @@ __all__ = [
     "Sides",
     "check_same_kind",
     "expand",
+    "forward_spans",
     "open_weights",
     "refuse_zero",
     "roles_in",
@@ -125,6 +127,15 @@ class Compared:
         found = np.zeros([len(stack) for stack in self.sides.stacks(pair)], dtype=bool)
         found[row_index[rows], column_index[columns]] = True
         return found
+
+    def spans(self) -> Spans:
+        """By block, the distinct column matrices between which those lie that each row meets."""
+        if not goes_forward(self.row_heads, self.column_heads, self.layer_order):
+            return {}
+        return {
+            block: forward_spans(self.row_heads, self.column_heads, *self.index(pair))
+            for pair, block in self.sides.blocks.items()
+        }
 
     def measured(
         self,
@@ -227,6 +238,44 @@ class Law:
     unit: str
     null_mean: NDArray[np.float64]
     null_sd: NDArray[np.float64]
+
+
+def forward_spans(
+    rows: pd.DataFrame,
+    columns: pd.DataFrame,
+    row_index: NDArray[np.int64] | None = None,
+    column_index: NDArray[np.int64] | None = None,
+) -> NDArray[np.int64]:
+    """First and last later layer's matrix of the columns, for each distinct matrix of the rows.
+
+    Parameters
+    ----------
+    rows, columns : DataFrame
+        Heads tables, with layers.
+    row_index, column_index : ndarray of shape (n_heads,), optional
+        Distinct matrix that every head uses; its own by default.
+
+    Returns
+    -------
+    ndarray of shape (n_distinct_rows, 2), int64
+        First column and the one after the last; equal where there is none.
+    """
+    codes = pd.factorize(pd.concat([rows["source"], columns["source"]]))[0]
+    sides = []
+    for heads, index, sources in (
+        (rows, row_index, codes[: len(rows)]),
+        (columns, column_index, codes[len(rows) :]),
+    ):
+        used = np.arange(len(heads)) if index is None else index
+        frame = pd.DataFrame({"source": sources, "layer": heads["layer"].to_numpy()})
+        sides.append(frame.groupby(used))
+    earliest, latest = sides[0].min(), sides[1].max()
+    spans = np.zeros((1 + int(earliest.index.max()), 2), dtype=np.int64)
+    for (source, layer), group in earliest.groupby(["source", "layer"]):
+        met = latest.index[(latest["source"] == source) & (latest["layer"] > layer)]
+        if len(met):
+            spans[group.index] = met.min(), met.max() + 1
+    return spans
 
 
 def roles_in(pairs: Sequence[str]) -> list[str]:

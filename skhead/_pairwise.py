@@ -46,7 +46,7 @@ from skhead._tiling import Factors
 from skhead.containers import Similarity, Subspaces, feature_names
 from skhead.exceptions import HeadShapeError, MemoryBudgetError
 from skhead.linalg.alignments import Measure, unit_stack
-from skhead.linalg.kernels import overlap_blocks
+from skhead.linalg.kernels import Spans, overlap_blocks
 from skhead.linalg.stacks import Stack
 
 __all__ = [
@@ -131,10 +131,14 @@ class SharedKernel(PairwiseKernel):
 
     pairs_: tuple[str, ...]
 
-    def _overlaps(self, sides: Sides) -> dict[str, NDArray[np.floating]]:
-        """``||Y^T Z||_F^2`` between the distinct matrices of every pair kind."""
+    def _overlaps(self, sides: Sides, spans: Spans) -> dict[str, NDArray[np.floating]]:
+        """``||Y^T Z||_F^2`` between the distinct matrices of every pair kind; NaN outside spans."""
         blocks = list(sides.blocks.values())
-        found = self._within_budget(partial(overlap_blocks, sides.rows, sides.columns, blocks))
+        precision = getattr(self, "matmul_precision", "highest")
+        compute = partial(
+            overlap_blocks, sides.rows, sides.columns, blocks, spans=spans, precision=precision
+        )
+        found = self._within_budget(compute)
         return {pair: found[block].cpu().numpy() for pair, block in sides.blocks.items()}
 
     def _cross_measures(

@@ -170,7 +170,7 @@ class LinearCKA(WeightKernel):
 
     def _measure_units(self, compared: Compared) -> Measured:
         rows, columns = _gram_sizes(compared)
-        found = self._overlaps(compared.sides)
+        found = self._overlaps(compared.sides, compared.spans())
         values = compared.spread(found, lambda p: rows[:, None, p] * columns[None, :, p])
         return Measured(values, rows, columns)
 
@@ -249,7 +249,7 @@ class SimpleComposition(WeightKernel):
     """
 
     def _measure_units(self, compared: Compared) -> Measured:
-        overlaps = self._overlaps(compared.sides)
+        overlaps = self._overlaps(compared.sides, compared.spans())
         found = {pair: np.sqrt(np.maximum(values, 0.0)) for pair, values in overlaps.items()}
         return Measured(compared.spread(found), *_gram_sizes(compared))
 
@@ -404,7 +404,7 @@ class GrassmannDistance(SubspaceKernel):
         wanted = {pair: compared.wanted(pair) for pair in compared.pairs}
         found: dict[str, NDArray[np.floating]] = {}
         if self.metric == "chordal":
-            for pair, kernel in self._overlaps(compared.sides).items():
+            for pair, kernel in self._overlaps(compared.sides, compared.spans()).items():
                 ranks = self._distinct_ranks(compared, pair)
                 squared = np.minimum(ranks[0][:, None], ranks[1][None]) - kernel.astype(np.float64)
                 found[pair] = np.sqrt(np.maximum(squared, 0.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 
 import joblib
@@ -11,7 +12,14 @@ import pytest
 import torch
 from toys import random_weights, registered, toy_heads
 
-from skhead import CompositionScore, ProjectionKernel, SubspaceExtractor, hub_table, load_weights
+from skhead import (
+    CompositionScore,
+    ProjectionKernel,
+    SimpleComposition,
+    SubspaceExtractor,
+    hub_table,
+    load_weights,
+)
 from skhead.exceptions import DegenerateHeadError, HeadShapeError, ProvenanceMismatchError
 
 ALL = [a + b for a in "QKVO" for b in "QKVO"]
@@ -55,6 +63,57 @@ def test_composition_equals_dense_maps(kv):
         for p, pair in enumerate(found.pairs):
             expected = reference_composition(heads, pair)
             np.testing.assert_allclose(found.values[:, :, p], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [ProjectionKernel, CompositionScore, SimpleComposition])
+@pytest.mark.parametrize("arrangement", ["in order", "shuffled", "two models", "some heads"])
+def test_forward_values_are_those_of_all_pairs(kind, arrangement):
+    """Only what is defined is computed, whatever the order of the heads."""
+    with (
+        toy_heads(n_layers=8, n_heads=16, n_kv_heads=4, seed=1) as first,
+        toy_heads(n_layers=3, n_heads=8, seed=2) as second,
+    ):
+        heads = {
+            "in order": first,
+            "shuffled": first.sample(frac=1, random_state=0),
+            "two models": pd.concat([first, second]).sample(frac=1, random_state=1),
+            "some heads": first.iloc[[3, 70, 4, 127, 3 + 16]],
+        }[arrangement]
+        forward = kind().fit_transform(heads).values
+        every = kind(layer_order="all").fit_transform(heads).values
+        layers, sources = heads["layer"].to_numpy(), heads["source"].to_numpy()
+        defined = (layers[:, None] < layers) & (sources[:, None] == sources)
+        assert (np.isnan(forward) == ~defined[:, :, None]).all()
+        np.testing.assert_allclose(forward[defined], every[defined], rtol=1e-5, atol=1e-6)
+        split = kind().fit(heads.iloc[::2]).transform(heads.iloc[1::2]).values
+        expected = forward[1::2, ::2]
+        np.testing.assert_allclose(split, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_layers_that_share_matrices_are_compared_forward():
+    """A matrix of all layers lies before and behind itself."""
+    with toy_heads(n_layers=1, n_heads=3) as heads:
+        shared = SubspaceExtractor().fit_transform(heads)
+        again = shared[np.array([0, 1, 2, 0, 1, 2])]
+        table = again.heads.assign(layer=[0, 0, 0, 1, 1, 1])
+        again = dataclasses.replace(again, heads=table)
+        found = ProjectionKernel().fit_transform(again).values
+        plain = ProjectionKernel(layer_order="all").fit_transform(shared).values
+        np.testing.assert_allclose(found[:3, 3:], plain, rtol=1e-6)
+        assert np.isnan(found[3:]).all() and np.isnan(found[:, :3]).all()
+
+
+@pytest.mark.parametrize("kind", [ProjectionKernel, CompositionScore])
+def test_reduced_precision_is_asked_for_by_name(kind):
+    with toy_heads(n_layers=3, n_heads=32, d_model=64, d_head=16) as heads:
+        exact, rounded = (
+            kind(matmul_precision=name).fit_transform(heads).values
+            for name in ("highest", "medium")
+        )
+        assert np.nanmax(np.abs(exact - rounded)) < 0.02
+        assert np.nanmax(np.abs(exact - rounded)) > 1e-6
+        with pytest.raises(ValueError, match=f"{kind.__name__}: matmul_precision"):
+            kind(matmul_precision="bf16").fit(heads)
 
 
 @pytest.mark.parametrize("estimator", [ProjectionKernel(), CompositionScore()])

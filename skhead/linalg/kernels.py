@@ -9,24 +9,26 @@ numerator of a squared composition score. It can be computed
 
 * directly, from the cross-Gram ``Y^T Z``: ``2 r s d`` flops a pair;
 * packed, as an inner product of the upper triangles of M: ``d^2`` flops a pair, after ``d^2 r``
-flops a
-  head to form M block by block.
+  flops a head to form M block by block.
 
 Packing wins when ``2 r s > d``, as it is for full-rank heads of every common model; the direct
 product wins for truncated ranks. Neither forms a ``d x d`` matrix or the cross-Gram of all heads at
-once.
+once, and both leave out what no pair asks for: of heads ordered by layer, the pairs whose row does
+not lie below its column.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from skhead.exceptions import MemoryBudgetError
-from skhead.linalg.precision import fast_float32_matmul, wide
+from skhead.linalg.precision import MATMUL_PRECISIONS, matmul_precision, rounded_product, wide
 from skhead.linalg.stacks import (
     Stack,
     StoredStack,
@@ -36,7 +38,7 @@ from skhead.linalg.stacks import (
     stack_norms,
 )
 
-__all__ = ["OverlapPlan", "overlap_blocks", "plan_overlaps"]
+__all__ = ["Block", "OverlapPlan", "Spans", "overlap_blocks", "plan_overlaps"]
 
 #: Widest residual-space block of the packed product; 128 x 128 blocks keep both of its GEMMs at
 #: full speed.
@@ -44,8 +46,17 @@ _WIDEST_PANEL = 128
 _NARROWEST_PANEL = 8
 #: Rows of a tile of the direct product beyond which a GEMM gains nothing.
 _WIDEST_TILE = 4096
+#: Row heads of a band of the packed product, below which its GEMM slows down, and bands beyond
+#: which little work is left to be saved.
+_NARROWEST_BAND = 48
+_MOST_BANDS = 16
+#: Heads whose blocks are rounded to bfloat16 at a time.
+_ROUNDED_HEADS = 32
 
 Block = tuple[int, int]
+#: By block, the first column head that each row head asks for, and the one after the last.
+Spans = Mapping[Block, NDArray[np.int64]]
+_Band = tuple[slice, slice]
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,8 @@ class OverlapPlan:
         Residual-space block width (packed) or heads per row tile (direct).
     column_width : int
         Heads per column tile (direct); 0 for packed.
+    group : int
+        Panels of rows held at once (packed), so often is a stored stack read less; 0 for direct.
     wide_sums : bool
         Whether the blocks' contributions are added up in float64 (packed), which takes the largest
         error of a projection kernel from 1e-5 to 2e-6; only where memory allows.
@@ -71,6 +84,7 @@ class OverlapPlan:
     method: str
     width: int
     column_width: int
+    group: int
     wide_sums: bool
     scratch_bytes: int
     flops: float
@@ -82,12 +96,14 @@ def plan_overlaps(
     blocks: Sequence[Block],
     max_memory: int,
     method: str = "auto",
+    spans: Spans | None = None,
+    precision: str = "highest",
 ) -> OverlapPlan:
     """Choose the cheaper algorithm by its flop count and fit it into the memory budget.
 
     Parameters
     ----------
-    rows, columns, blocks
+    rows, columns, blocks, spans, precision
         As for `overlap_blocks`.
     max_memory : int
         Bytes of scratch allowed.
@@ -103,11 +119,23 @@ def plan_overlaps(
     MemoryBudgetError
         If not even the smallest tiles fit.
     """
+    bands = _bands(rows, columns, blocks, spans)
+    return _plan(rows, columns, bands, max_memory, method, precision)
+
+
+def _plan(
+    rows: Sequence[Stack],
+    columns: Sequence[Stack] | None,
+    bands: Mapping[Block, Sequence[_Band]],
+    max_memory: int,
+    method: str,
+    precision: str,
+) -> OverlapPlan:
     plans = []
     if method in ("auto", "packed"):
-        plans.append(_plan_packed(rows, columns, blocks, max_memory))
+        plans.append(_plan_packed(rows, columns, bands, max_memory, precision))
     if method in ("auto", "direct"):
-        plans.append(_plan_direct(rows, columns or rows, blocks, max_memory))
+        plans.append(_plan_direct(rows, columns or rows, bands, max_memory))
     fitting = [plan for plan in plans if plan.scratch_bytes <= max_memory]
     if not fitting:
         need = min(plan.scratch_bytes for plan in plans)
@@ -123,8 +151,10 @@ def overlap_blocks(
     columns: Sequence[Stack] | None,
     blocks: Sequence[Block],
     *,
+    spans: Spans | None = None,
     max_memory: int = 2**30,
     method: str = "auto",
+    precision: str = "highest",
     progress: Callable[[float], None] | None = None,
 ) -> dict[Block, torch.Tensor]:
     """``||Y_h^T Z_k||_F^2`` for all heads h of a row stack and k of a column stack.
@@ -133,119 +163,200 @@ def overlap_blocks(
     ----------
     rows : sequence of Tensor or StoredStack of shape (n_heads_i, d_model, rank_i)
         Factor stacks, one per role; a head of smaller rank has zero columns. Of a stack that lies
-        in files, a panel of rows (packed) or a tile of heads (direct) is in memory at a time.
+        in files, some panels of rows (packed) or a tile of heads (direct) are in memory at a time.
     columns : sequence of Tensor or StoredStack, or None
-        As `rows`; None compares `rows` with themselves and computes each unordered block once.
+        As `rows`; None compares `rows` with themselves and computes each unordered pair once.
     blocks : sequence of (int, int)
         Which row stack against which column stack.
+    spans : mapping of (int, int) to ndarray of shape (n_row_heads, 2), int64, optional
+        Of a block, the column heads ``first`` to ``stop - 1`` that each row head asks for; a block
+        that is not in the mapping is computed whole.
     max_memory : int
         Bytes of scratch beyond the inputs and the result.
     method : {"auto", "packed", "direct"}
         See `plan_overlaps`.
+    precision : {"highest", "high", "medium"}
+        Of float32 products, see `matmul_precision`. With "medium" the packed product multiplies
+        trace-free blocks that are rounded to bfloat16.
     progress : callable, optional
         Called with the fraction done, from time to time.
 
     Returns
     -------
     dict of (int, int) -> Tensor of shape (n_row_heads, n_column_heads)
+        NaN where nothing was computed, which is only where nothing was asked for.
     """
-    plan = plan_overlaps(rows, columns, blocks, max_memory, method)
+    if precision not in MATMUL_PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; give one of {MATMUL_PRECISIONS}")
+    bands = _bands(rows, columns, blocks, spans)
+    plan = _plan(rows, columns, bands, max_memory, method, precision)
     report = progress if progress is not None else _silent
-    run = _packed if plan.method == "packed" else _direct
-    with fast_float32_matmul(rows[0].device):
-        return run(rows, columns, blocks, plan, report)
+    with matmul_precision(rows[0].device, precision):
+        if plan.method == "packed":
+            done = _packed(rows, columns, bands, plan, precision, report)
+        else:
+            done = _direct(rows, columns or rows, bands, plan, report)
+    for i, j in done:
+        if columns is None and i == j:
+            done[i, j] = torch.where(done[i, j].isnan(), done[i, j].T, done[i, j])
+    return {b: done[b] if b in done else done[b[1], b[0]].T for b in blocks}
 
 
 def _silent(fraction: float) -> None:
     """Report progress to nobody."""
 
 
-def _unordered(blocks: Sequence[Block], symmetric: bool) -> list[Block]:
-    """Blocks to compute: each once, and one of each mirrored pair if rows are columns."""
-    wanted = {(min(b), max(b)) if symmetric else b for b in blocks}
-    return sorted(wanted)
+def _bands(
+    rows: Sequence[Stack],
+    columns: Sequence[Stack] | None,
+    blocks: Sequence[Block],
+    spans: Spans | None,
+) -> dict[Block, list[_Band]]:
+    """Of every block to compute, bands of row heads with the column heads they ask for.
+
+    Of two mirrored blocks one is computed, and of a block that is its own mirror one triangle.
+    """
+    right = rows if columns is None else columns
+    found: dict[Block, list[_Band]] = {}
+    for i, j in sorted(set(blocks)):
+        mirrored = columns is None and (j, i) in blocks
+        if mirrored and (j, i) in found:
+            continue
+        asked = None if spans is None or (mirrored and i != j) else spans.get((i, j))
+        n_rows, n_columns = len(rows[i]), len(right[j])
+        if asked is None and mirrored and i == j:
+            first = np.arange(n_rows)
+            asked = np.stack([first, np.full_like(first, n_rows)], axis=1)
+        whole = [(slice(0, n_rows), slice(0, n_columns))]
+        found[i, j] = whole if asked is None else _cut(asked)
+    return found
 
 
-def _as_asked(
-    blocks: Sequence[Block], done: dict[Block, torch.Tensor]
-) -> dict[Block, torch.Tensor]:
-    return {b: done[b] if b in done else done[b[1], b[0]].T for b in blocks}
+def _cut(asked: NDArray[np.int64]) -> list[_Band]:
+    """Bands of neighbouring rows, each with all columns from the first to the last asked for."""
+    height = max(_NARROWEST_BAND, -(-len(asked) // _MOST_BANDS))
+    bands: list[_Band] = []
+    for start in range(0, len(asked), height):
+        band = slice(start, min(start + height, len(asked)))
+        some = asked[band][asked[band, 0] < asked[band, 1]]
+        if not len(some):
+            continue
+        columns = slice(int(some[:, 0].min()), int(some[:, 1].max()))
+        if bands and bands[-1][0].stop == start and bands[-1][1] == columns:
+            band = slice(bands.pop()[0].start, band.stop)
+        bands.append((band, columns))
+    return bands
 
 
-def _runs(todo: Sequence[Block]) -> list[tuple[int, int, int]]:
-    """Blocks as (row stack, first column stack, last column stack + 1) with consecutive columns."""
-    runs: list[tuple[int, int, int]] = []
-    for row, column in todo:
-        if runs and runs[-1][0] == row and runs[-1][2] == column:
-            runs[-1] = (row, runs[-1][1], column + 1)
-        else:
-            runs.append((row, column, column + 1))
-    return runs
+def _area(band: _Band) -> int:
+    """Pairs of heads in a band."""
+    return math.prod(part.stop - part.start for part in band)
 
 
 def _plan_packed(
     rows: Sequence[Stack],
     columns: Sequence[Stack] | None,
-    blocks: Sequence[Block],
+    bands: Mapping[Block, Sequence[_Band]],
     max_memory: int,
+    precision: str,
 ) -> OverlapPlan:
-    symmetric = columns is None
     sides = [*rows] if columns is None else [*rows, *columns]
     d_model, itemsize = rows[0].shape[1], rows[0].element_size()
     n_heads = sum(len(stack) for stack in sides)
     total_rank = sum(len(stack) * stack.shape[2] for stack in sides)
-    flops = float(d_model) * (d_model + _WIDEST_PANEL) * total_rank
-    right = rows if columns is None else columns
-    n_pairs = sum(len(rows[i]) * len(right[j]) for i, j in _unordered(blocks, symmetric))
-    flops += float(d_model) * (d_model + _WIDEST_PANEL) * n_pairs
+    areas = [_area(band) for parts in bands.values() for band in parts]
+    flops = float(d_model) * (d_model + _WIDEST_PANEL) * (total_rank + sum(areas))
     width = min(_WIDEST_PANEL, d_model)
     while True:
         panels = -(-d_model // width)
         width = -(-d_model // panels)
-        scratch = itemsize * (n_heads * width**2 + 2 * total_rank * width)
+        panel = itemsize * total_rank * width
+        scratch = itemsize * n_heads * width**2 + 2 * panel
         if scratch <= max_memory or width <= _NARROWEST_PANEL:
-            sums = n_pairs * (8 + itemsize)
-            wide_sums = scratch + sums <= max_memory
-            scratch += sums if wide_sums else 0
-            return OverlapPlan("packed", width, 0, wide_sums, scratch, flops)
+            break
         width = max(width // 2, _NARROWEST_PANEL)
+    product, sums = itemsize * max(areas, default=0), 8 * sum(areas)
+    wide_sums = scratch + sums + product <= max_memory
+    scratch += sums + product if wide_sums else product * (precision == "medium")
+    group = 1
+    if any(isinstance(stack, StoredStack) for stack in sides):
+        group = min(panels, 1 + max(max_memory - scratch, 0) // panel)
+        scratch += (group - 1) * panel
+    return OverlapPlan("packed", width, 0, group, wide_sums, scratch, flops)
 
 
 def _packed(
     rows: Sequence[Stack],
     columns: Sequence[Stack] | None,
-    blocks: Sequence[Block],
+    bands: Mapping[Block, Sequence[_Band]],
     plan: OverlapPlan,
+    precision: str,
     report: Callable[[float], None],
 ) -> dict[Block, torch.Tensor]:
-    left = _PackedSide(rows, plan)
-    right = left if columns is None else _PackedSide(columns, plan)
+    left = _PackedSide(rows, plan, precision)
+    right = left if columns is None else _PackedSide(columns, plan, precision)
     sides = [left] if right is left else [left, right]
-    todo = _unordered(blocks, columns is None)
-    runs = _runs(todo)
-    dtype = rows[0].dtype
-    sums = [left.identity_part(right, left.span(i, i + 1), right.span(j, k)) for i, j, k in runs]
-    sums = sums if plan.wide_sums else [out.to(dtype) for out in sums]
+    sums = _BandSums(left, right, bands, plan.wide_sums)
     total, done = left.n_panels * (left.n_panels + 1) // 2, 0
-    for p in range(left.n_panels):
+    for start in range(0, left.n_panels, plan.group):
+        group = range(start, min(start + plan.group, left.n_panels))
         for side in sides:
-            side.load_rows(p)
-        for q in range(p, left.n_panels):
-            packed = [side.pack(p, q) for side in sides]
-            weight = 1.0 if p == q else 2.0
-            for (i, j, k), out in zip(runs, sums, strict=True):
-                a, b = packed[0][left.span(i, i + 1)], packed[-1][right.span(j, k)]
-                if plan.wide_sums:
-                    out.add_(a @ b.mT, alpha=weight)
-                else:
-                    out.addmm_(a, b.mT, alpha=weight)
-            done += 1
-            report(done / total)
-    finished = {}
-    for (i, j, k), out in zip(runs, sums, strict=True):
-        for column, part in zip(range(j, k), out.split(right.counts[j:k], dim=1), strict=True):
-            finished[i, column] = part.to(dtype)
-    return _as_asked(blocks, finished)
+            side.load_rows(group)
+        for q in range(start, left.n_panels):
+            for side in sides:
+                side.load_columns(q)
+            for p in range(start, min(q + 1, group.stop)):
+                packed = [side.pack(p, q) for side in sides]
+                sums.add(packed[0], packed[-1], 1.0 if p == q else 2.0)
+                done += 1
+                report(done / total)
+    return sums.finished()
+
+
+class _BandSums:
+    """The inner products of all bands, growing block by block of the residual space."""
+
+    def __init__(
+        self,
+        left: _PackedSide,
+        right: _PackedSide,
+        bands: Mapping[Block, Sequence[_Band]],
+        wide_sums: bool,
+    ) -> None:
+        self._wide = wide_sums
+        self._results = {
+            (i, j): new_empty(left.stacks[i], left.counts[i], right.counts[j]).fill_(math.nan)
+            for i, j in bands
+        }
+        self._parts = []
+        for (i, j), parts in bands.items():
+            for band in parts:
+                result = self._results[i, j][band]
+                heads = left.span(i, band[0]), right.span(j, band[1])
+                total = left.identity_part(right, *heads)
+                if not wide_sums:
+                    result.copy_(total)
+                    total = result
+                self._parts.append((*heads, total, result))
+
+    def add(self, left: torch.Tensor, right: torch.Tensor, weight: float) -> None:
+        """Add the products of one residual-space block, of all heads of both sides."""
+        for rows, columns, total, _ in self._parts:
+            a, b = left[rows], right[columns].mT
+            if a.dtype == torch.bfloat16:
+                total.add_(rounded_product(a, b), alpha=weight)
+            elif self._wide:
+                total.add_(a @ b, alpha=weight)
+            else:
+                total.addmm_(a, b, alpha=weight)
+
+    def finished(self) -> dict[Block, torch.Tensor]:
+        """The sums of every block, once."""
+        while self._parts:
+            *_, total, result = self._parts.pop()
+            if total is not result:
+                result.copy_(total)
+        return self._results
 
 
 class _PackedSide:
@@ -255,7 +366,7 @@ class _PackedSide:
     put back in closed form: it carries most of the sum, and rounding is then relative to the rest.
     """
 
-    def __init__(self, stacks: Sequence[Stack], plan: OverlapPlan) -> None:
+    def __init__(self, stacks: Sequence[Stack], plan: OverlapPlan, precision: str) -> None:
         self.stacks = stacks
         self.d_model = stacks[0].shape[1]
         self.counts = [len(stack) for stack in stacks]
@@ -265,30 +376,54 @@ class _PackedSide:
         first = stacks[0]
         self._traces = torch.cat([stack_norms(stack) for stack in stacks]).square()
         self._levels = (self._traces / self.d_model).to(first.dtype)
-        self._packed = new_empty(first, self.starts[-1] * self.width**2)
+        self._rounded = precision == "medium" and first.dtype == torch.float32
+        dtype = torch.bfloat16 if self._rounded else first.dtype
+        size = self.starts[-1] * self.width**2
+        self._packed = torch.empty(size, dtype=dtype, device=first.device)
         total_rank = sum(len(stack) * stack.shape[2] for stack in stacks)
-        self._copies = new_empty(first, 2, total_rank * self.width)
-        self._rows: list[torch.Tensor] = []
+        slots = plan.group + (plan.group < self.n_panels)
+        self._copies = new_empty(first, slots, total_rank * self.width)
+        self._rows: dict[int, list[torch.Tensor]] = {}
+        self._columns: list[torch.Tensor] = []
 
-    def span(self, first: int, stop: int) -> slice:
-        """Heads of the stacks from `first` up to `stop`."""
-        return slice(self.starts[first], self.starts[stop])
+    def span(self, stack: int, heads: slice) -> slice:
+        """Some heads of a stack among the heads of all stacks."""
+        start = self.starts[stack]
+        return slice(start + heads.start, start + heads.stop)
 
-    def load_rows(self, p: int) -> None:
-        """Lay out the factors' rows of block row `p`, for the calls of `pack` that follow."""
-        self._rows = self._panels(p, 0)
+    def load_rows(self, group: range) -> None:
+        """Lay out the factors' rows of some block rows, for the calls of `pack` that follow."""
+        self._rows = {p: self._panels(p, slot) for slot, p in enumerate(group)}
+
+    def load_columns(self, q: int) -> None:
+        """Lay out the factors' rows of a block column, for the calls of `pack` that follow."""
+        self._columns = self._rows[q] if q in self._rows else self._panels(q, -1)
 
     def pack(self, p: int, q: int) -> torch.Tensor:
-        """Block (p, q) of every head's M, trace-free, as one row each."""
-        columns = self._rows if p == q else self._panels(q, 1)
-        n_rows, n_columns = self._rows[0].shape[1], columns[0].shape[1]
-        packed = self._packed[: self.starts[-1] * n_rows * n_columns]
-        packed = packed.view(self.starts[-1], n_rows, n_columns)
-        for i, (a, b) in enumerate(zip(self._rows, columns, strict=True)):
-            torch.bmm(a, b.mT, out=packed[self.span(i, i + 1)])
-        if p == q:
-            packed.diagonal(dim1=1, dim2=2).sub_(self._levels[:, None])
+        """Block (p, q) of every head's M, trace-free, as one row each; q is the loaded one."""
+        rows, columns = self._rows[p], self._columns
+        shape = rows[0].shape[1], columns[0].shape[1]
+        packed = self._packed[: self.starts[-1] * math.prod(shape)].view(-1, *shape)
+        for i, (a, b) in enumerate(zip(rows, columns, strict=True)):
+            heads = slice(self.starts[i], self.starts[i + 1])
+            self._form(a, b, self._levels[heads] if p == q else None, packed[heads])
         return packed.flatten(1)
+
+    def _form(
+        self, a: torch.Tensor, b: torch.Tensor, levels: torch.Tensor | None, out: torch.Tensor
+    ) -> None:
+        """Products of two panels, less the heads' levels on the diagonal if there are any."""
+        step = len(a)
+        if self._rounded:
+            step = min(_ROUNDED_HEADS, max(self.starts[-1] // 2, 1))
+        for start in range(0, len(a), step):
+            some = slice(start, start + step)
+            exact = out[some] if not self._rounded else None
+            exact = torch.bmm(a[some], b[some].mT, out=exact)
+            if levels is not None:
+                exact.diagonal(dim1=1, dim2=2).sub_(levels[some, None])
+            if self._rounded:
+                out[some] = exact
 
     def _panels(self, p: int, slot: int) -> list[torch.Tensor]:
         """Contiguous copies of some rows of every factor; a strided batch would slow the GEMM."""
@@ -313,21 +448,19 @@ class _PackedSide:
 def _plan_direct(
     rows: Sequence[Stack],
     columns: Sequence[Stack],
-    blocks: Sequence[Block],
+    bands: Mapping[Block, Sequence[_Band]],
     max_memory: int,
 ) -> OverlapPlan:
     d_model, itemsize = rows[0].shape[1], rows[0].element_size()
-    todo = _unordered(blocks, columns is rows)
-
-    def area(stack: Stack) -> int:
-        return len(stack) * stack.shape[2]
-
-    flops = sum(2.0 * d_model * area(rows[i]) * area(columns[j]) for i, j in todo)
-    r = max(rows[i].shape[2] for i, _ in todo)
-    s = max(columns[j].shape[2] for _, j in todo)
+    flops, r, s, n_rows, n_columns = 0.0, 1, 1, 1, 1
+    for (i, j), parts in bands.items():
+        left, right = rows[i], columns[j]
+        flops += 2.0 * d_model * left.shape[2] * right.shape[2] * sum(map(_area, parts))
+        r, s = max(r, left.shape[2]), max(s, right.shape[2])
+        n_rows, n_columns = max(n_rows, len(left)), max(n_columns, len(right))
     single = max(r, s) if any(isinstance(x, StoredStack) for x in [*rows, *columns]) else 0
-    n_rows = min(max(len(rows[i]) for i, _ in todo), max(_WIDEST_TILE // r, 1))
-    n_columns = min(max(len(columns[j]) for _, j in todo), max(_WIDEST_TILE // s, 1))
+    n_rows = min(n_rows, max(_WIDEST_TILE // r, 1))
+    n_columns = min(n_columns, max(_WIDEST_TILE // s, 1))
 
     def scratch() -> int:
         tiles = d_model * (n_rows * r + n_columns * s + single)
@@ -338,42 +471,48 @@ def _plan_direct(
             n_rows = -(-n_rows // 2)
         else:
             n_columns = -(-n_columns // 2)
-    return OverlapPlan("direct", n_rows, n_columns, False, scratch(), flops)
+    return OverlapPlan("direct", n_rows, n_columns, 0, False, scratch(), flops)
 
 
 def _direct(
     rows: Sequence[Stack],
-    columns: Sequence[Stack] | None,
-    blocks: Sequence[Block],
+    columns: Sequence[Stack],
+    bands: Mapping[Block, Sequence[_Band]],
     plan: OverlapPlan,
     report: Callable[[float], None],
 ) -> dict[Block, torch.Tensor]:
-    right = rows if columns is None else columns
-    todo = _unordered(blocks, columns is None)
     finished = {}
-    for done, (i, j) in enumerate(todo, start=1):
-        finished[i, j] = _direct_block(rows[i], right[j], plan)
-        report(done / len(todo))
-    return _as_asked(blocks, finished)
+    for done, ((i, j), parts) in enumerate(bands.items(), start=1):
+        finished[i, j] = _direct_block(rows[i], columns[j], parts, plan)
+        report(done / len(bands))
+    return finished
 
 
-def _direct_block(a: Stack, b: Stack, plan: OverlapPlan) -> torch.Tensor:
-    out = new_empty(a, len(a), len(b))
+def _direct_block(a: Stack, b: Stack, bands: Sequence[_Band], plan: OverlapPlan) -> torch.Tensor:
+    out = new_empty(a, len(a), len(b)).fill_(math.nan)
     (_, d_model, r), s = a.shape, b.shape[2]
     n_rows, n_columns = min(plan.width, len(a)), min(plan.column_width, len(b))
     left_buffer = new_empty(a, n_rows, r, d_model)
     right_buffer = new_empty(a, n_columns, s, d_model)
     cross_buffer = new_empty(a, n_rows * r * n_columns * s)
-    for start in range(0, len(a), n_rows):
-        tile = slice(start, min(start + n_rows, len(a)))
-        left = left_buffer[: tile.stop - start]
-        copy_transposed(a, tile, left)
-        for first in range(0, len(b), n_columns):
-            other = slice(first, min(first + n_columns, len(b)))
-            right = right_buffer[: other.stop - first]
-            copy_transposed(b, other, right)
-            cross = cross_buffer[: len(left) * r * len(right) * s].view(len(left) * r, -1)
-            torch.mm(left.flatten(0, 1), right.flatten(0, 1).mT, out=cross)
-            sums = cross.square_().view(len(left) * r, len(right), s).sum(2)
-            out[tile, other] = sums.view(len(left), r, len(right)).sum(1)
+    for (tile, others), held in _tiles(bands, n_rows, n_columns):
+        left = left_buffer[: tile.stop - tile.start]
+        if not held:
+            copy_transposed(a, tile, left)
+        right = right_buffer[: others.stop - others.start]
+        copy_transposed(b, others, right)
+        cross = cross_buffer[: len(left) * r * len(right) * s].view(len(left) * r, -1)
+        torch.mm(left.flatten(0, 1), right.flatten(0, 1).mT, out=cross)
+        sums = cross.square_().view(len(left) * r, len(right), s).sum(2)
+        out[tile, others] = sums.view(len(left), r, len(right)).sum(1)
     return out
+
+
+def _tiles(bands: Sequence[_Band], n_rows: int, n_columns: int) -> Iterator[tuple[_Band, bool]]:
+    """Tiles of the bands, and whether the rows are those of the tile before."""
+    for rows, columns in bands:
+        for start in range(rows.start, rows.stop, n_rows):
+            tile = slice(start, min(start + n_rows, rows.stop))
+            for first in range(columns.start, columns.stop, n_columns):
+                others = slice(first, min(first + n_columns, columns.stop))
+                yield (tile, others), first > columns.start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from skhead.linalg.bases import orthonormal_bases
 from skhead.linalg.factored import gram_roots, map_factors, product_norms, signed_identity
 from skhead.linalg.kernels import overlap_blocks, plan_overlaps
 from skhead.linalg.precision import fast_float32_matmul
+from skhead.stats.haar import haar_moments
 
 
 def random_stack(n_heads, d_model, rank, seed, dtype=torch.float32):
@@ -136,6 +138,100 @@ def test_invariances(d_model, rank, n_heads, seed, packed):
     assert torch.allclose(plain, plain.T, atol=1e-9 * scale)
     assert torch.allclose(plain, rotated, atol=1e-9 * scale)
     assert torch.allclose(plain[order][:, order], permuted, atol=1e-9 * scale)
+
+
+def asked_pairs(spans, n_columns):
+    columns = np.arange(n_columns)
+    return torch.from_numpy((spans[:, :1] <= columns) & (columns < spans[:, 1:]))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 130), st.integers(1, 40)),
+    method=st.sampled_from(["packed", "direct"]),
+    max_memory=st.sampled_from([150_000, 2**30]),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_spans_are_filled_and_cost_no_more_than_whole_blocks(shape, method, max_memory, seed):
+    stacks = [random_stack(n, 40, 3, seed + i) for i, n in enumerate(shape)]
+    spans = np.random.default_rng(seed).integers(0, shape[1] + 1, (shape[0], 2))
+    options = {"max_memory": max_memory, "method": method}
+    found = overlap_blocks(stacks[:1], stacks[1:], [(0, 0)], spans={(0, 0): spans}, **options)[0, 0]
+    asked = asked_pairs(spans, shape[1])
+    assert found.shape == shape
+    assert not found[asked].isnan().any()
+    expected = reference(*stacks)
+    computed = ~found.isnan()
+    if asked.any():
+        assert_close(found[computed], expected[computed])
+    whole = plan_overlaps(stacks[:1], stacks[1:], [(0, 0)], **options)
+    plan = plan_overlaps(stacks[:1], stacks[1:], [(0, 0)], spans={(0, 0): spans}, **options)
+    assert plan.flops <= whole.flops
+
+
+@pytest.mark.parametrize("method", ["packed", "direct"])
+@pytest.mark.parametrize("blocks", [[(0, 1), (1, 0)], [(1, 0)], [(0, 0)], [(0, 0), (0, 1), (1, 1)]])
+def test_spans_of_heads_compared_with_themselves(method, blocks):
+    """Layers of ten heads; each head asks for the layers behind its own."""
+    stacks = [random_stack(120, 30, 4, seed) for seed in range(2)]
+    layers = np.arange(120) // 10
+    spans = np.stack([10 * (layers + 1), np.full(120, 120)], axis=1)
+    found = overlap_blocks(stacks, None, blocks, spans=dict.fromkeys(blocks, spans), method=method)
+    asked = asked_pairs(spans, 120)
+    for i, j in blocks:
+        assert_close(found[i, j][asked], reference(stacks[i], stacks[j])[asked])
+
+
+def test_half_the_work_is_left_out_of_ordered_layers():
+    stacks = [random_stack(1600, 8, 8, seed) for seed in range(2)]
+    rows = np.arange(1600)
+    spans = np.stack([rows + 1, np.full(1600, 1600)], axis=1)
+    found = overlap_blocks(stacks, None, [(0, 1)], spans={(0, 1): spans})[0, 1]
+    assert float(found.isnan().float().mean()) == pytest.approx(0.5 - 1 / 32, abs=0.001)
+    triangle = plan_overlaps(stacks, None, [(0, 0)], 2**30, "direct").flops
+    square = plan_overlaps(stacks, None, [(0, 1)], 2**30, "direct").flops
+    assert triangle / square == pytest.approx(0.5 + 1 / 32, abs=0.001)
+
+
+def test_nothing_asked_is_nothing_computed():
+    stack = random_stack(3, 20, 2, 0)
+    nothing = {(0, 0): np.zeros((3, 2), dtype=np.int64)}
+    for method in ("packed", "direct"):
+        found = overlap_blocks([stack], [stack], [(0, 0)], spans=nothing, method=method)
+        assert found[0, 0].isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(48, 768, 64), (40, 512, 16), (3, 256, 64)])
+@pytest.mark.parametrize("max_memory", [2**30, 2**22])
+def test_error_of_bfloat16_is_as_stated(shape, max_memory):
+    """.05 of the spread of random subspaces and 2^-7 of the distance from their mean."""
+    n_heads, d_model, rank = shape
+    bases = [orthonormal_bases(random_stack(*shape, seed)).vectors for seed in range(2)]
+    bases[1][: n_heads // 2, :, : rank // 2] = bases[0][: n_heads // 2, :, : rank // 2]
+    bases[1] = torch.linalg.qr(bases[1])[0]
+    options = {"method": "packed", "max_memory": max_memory}
+    exact = overlap_blocks([b.double() for b in bases], None, [(0, 1)])[0, 1]
+    found = overlap_blocks(bases, None, [(0, 1)], precision="medium", **options)[0, 1]
+    moments = haar_moments(rank, rank, d_model)
+    error, distance = (found.double() - exact).abs(), (exact - moments.mean).abs()
+    assert float((error - 2**-7 * distance).max()) < 0.05 * moments.variance**0.5
+    assert float(error.max()) > 1e-5
+    doubles = overlap_blocks([b.double() for b in bases], None, [(0, 1)], precision="medium")[0, 1]
+    assert torch.equal(doubles, exact)
+
+
+def test_high_is_float32_on_the_cpu():
+    stacks = [random_stack(8, 100, 16, seed) for seed in range(2)]
+    exact, high = (
+        overlap_blocks(stacks, None, [(0, 1)], precision=precision)[0, 1]
+        for precision in ("highest", "high")
+    )
+    assert torch.equal(exact, high)
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match=r"precision is 'low'; give one of \('highest', 'high'"):
+        overlap_blocks([random_stack(2, 8, 2, 0)], None, [(0, 0)], precision="low")
 
 
 def test_progress_ends_at_one():

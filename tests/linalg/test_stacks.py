@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from skhead.linalg.factored import frobenius_norms
+from skhead.linalg.kernels import overlap_blocks, plan_overlaps
 from skhead.linalg.stacks import (
     StoredStack,
     copy_panel,
@@ -66,3 +67,18 @@ def test_heads_pass_through_the_memory_of_one(tensor, use):
     use(stack)
     assert len(stack.reads) == 5 and len(set(stack.reads)) == 1
     assert stack.reads[0][1] == tensor[0].numel()
+
+
+@pytest.mark.parametrize(("max_memory", "times"), [(2**30, 1), (60_000, 1.375)])
+def test_a_stored_stack_is_read_as_seldom_as_memory_allows(max_memory, times):
+    tensor = torch.randn(6, 512, 4, generator=torch.Generator().manual_seed(0))
+    stack = Recorded(tensor)
+    plan = plan_overlaps([stack], None, [(0, 0)], max_memory, "packed")
+    assert plan.scratch_bytes <= max_memory
+    found = overlap_blocks([stack], None, [(0, 0)], max_memory=max_memory, method="packed")[0, 0]
+    torch.testing.assert_close(found, overlap_blocks([tensor], None, [(0, 0)])[0, 0])
+    norms = len(tensor)
+    panels = -(-512 // plan.width)
+    reads = sum(panels - start for start in range(0, panels, plan.group))
+    assert len(stack.reads) == norms + reads
+    assert reads / panels == times
