@@ -134,8 +134,7 @@ class Tiling:
         self._right_side = self._left_side if columns is None else _Side(columns)
         self._defined = None
         if layer_order != "all":
-            defined = defined_pairs(rows, self.right, False, layer_order)
-            self._defined = defined[self._left_side.order][:, self._right_side.order]
+            self._defined = defined_pairs(rows, self.right, False, layer_order)
         self._prices: dict[tuple[object, ...], tuple[int, float]] = {}
 
     def plan(self, workers: int, caller: str) -> list[Tile]:
@@ -198,7 +197,7 @@ class Tiling:
         left, right = self._left_side.order[rows], self._right_side.order[columns]
         if self._defined is None:
             return (left, left) if self.mirrored and rows == columns else (left, right)
-        defined = self._defined[rows, columns]
+        defined = self._defined[np.ix_(left, right)]
         return left[defined.any(axis=1)], right[defined.any(axis=0)]
 
     def _left_over(self, tiles: list[Tile], n_rows: int, n_columns: int) -> list[Tile]:
@@ -237,13 +236,21 @@ class Tiling:
         factors = self._factors_of(pairs)
         left = self._left_side.shapes(factors.rows, rows)
         right = self._right_side.shapes(factors.columns, columns)
-        key = (pairs, *left, *right)
+        share = 1.0
+        if self._defined is not None:
+            share = float(self._defined[np.ix_(rows, columns)].mean())
+        key = (pairs, share, *left, *right)
         if key not in self._prices:
-            self._prices[key] = self._new_price(factors, left, right, self._max_memory)
+            self._prices[key] = self._new_price(factors, left, right, share, self._max_memory)
         return self._prices[key]
 
     def _new_price(
-        self, factors: Factors, left: list[_Shape], right: list[_Shape], max_memory: int
+        self,
+        factors: Factors,
+        left: list[_Shape],
+        right: list[_Shape],
+        share: float,
+        max_memory: int,
     ) -> tuple[int, float]:
         held = factors.copies * _ITEMSIZE * sum(math.prod(shape) for shape in left + right)
         scratch = max_memory - held
@@ -252,8 +259,12 @@ class Tiling:
         rows, columns = (
             [torch.empty(shape, device="meta") for shape in side] for side in (left, right)
         )
+        spans = {
+            (i, j): np.tile([0, round(share * len(columns[j]))], (len(rows[i]), 1))
+            for i, j in factors.blocks
+        }
         try:
-            overlaps = plan_overlaps(rows, columns, factors.blocks, scratch).flops
+            overlaps = plan_overlaps(rows, columns, factors.blocks, scratch, spans=spans).flops
         except MemoryBudgetError:
             return scratch, math.inf
         preparation = sum(n * d_model * d_head**2 for n, d_model, d_head in left + right)
@@ -266,7 +277,8 @@ class Tiling:
         left = self._left_side.shapes(factors.rows, self._left_side.order)
         right = self._right_side.shapes(factors.columns, self._right_side.order)
         work = sum(tile.flops - _TASK for tile in tiles)
-        work /= self._new_price(factors, left, right, sys.maxsize)[1]
+        share = 1.0 if self._defined is None else float(self._defined.mean())
+        work /= self._new_price(factors, left, right, share, sys.maxsize)[1]
         if work > _MUCH_WORK:
             warnings.warn(
                 f"{caller}: within max_memory={self._max_memory} bytes a worker holds so few heads "
