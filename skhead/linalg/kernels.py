@@ -120,17 +120,6 @@ def plan_overlaps(
         If not even the smallest tiles fit.
     """
     bands = _bands(rows, columns, blocks, spans)
-    return _plan(rows, columns, bands, max_memory, method, precision)
-
-
-def _plan(
-    rows: Sequence[Stack],
-    columns: Sequence[Stack] | None,
-    bands: Mapping[Block, Sequence[_Band]],
-    max_memory: int,
-    method: str,
-    precision: str,
-) -> OverlapPlan:
     plans = []
     if method in ("auto", "packed"):
         plans.append(_plan_packed(rows, columns, bands, max_memory, precision))
@@ -189,7 +178,7 @@ def overlap_blocks(
     if precision not in MATMUL_PRECISIONS:
         raise ValueError(f"precision is {precision!r}; give one of {MATMUL_PRECISIONS}")
     bands = _bands(rows, columns, blocks, spans)
-    plan = _plan(rows, columns, bands, max_memory, method, precision)
+    plan = plan_overlaps(rows, columns, blocks, max_memory, method, spans, precision)
     report = progress if progress is not None else _silent
     with matmul_precision(rows[0].device, precision):
         if plan.method == "packed":
