@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import ClassVar
 
 import pandas as pd
 import torch
+from measuring import Benchmark, plain_gemm_rate
 
 import skhead
 from skhead.circuits import CircuitScorer
 
 GROUPS = ("maps", "tokens", "positions", "composition", "induction")
-#: Name: layers, heads a layer, d_model, d_head, tokens.
-SHAPES = {
+#: Layers, heads a layer, d_model, d_head, tokens.
+Sizes = tuple[int, int, int, int, int]
+SHAPES: dict[str, Sizes] = {
     "GPT-2 small": (12, 12, 768, 64, 50_257),
     "GPT-2 xl": (48, 25, 1600, 64, 50_257),
     "7B": (32, 32, 4096, 128, 32_000),
 }
 
 
-def random_model(shape: str) -> dict[str, torch.Tensor]:
+def random_model(sizes: Sizes) -> dict[str, torch.Tensor]:
     """Untied random weights under TransformerLens' names."""
-    n_layers, n_heads, d_model, d_head, n_vocab = SHAPES[shape]
+    n_layers, n_heads, d_model, d_head, n_vocab = sizes
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for layer in range(n_layers):
@@ -48,9 +51,9 @@ def seconds(heads: pd.DataFrame, scores: str) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - processor
 
 
-def flops(shape: str) -> dict[str, float]:
+def flops(sizes: Sizes) -> dict[str, float]:
     """Leading terms of the floating-point operations of each group."""
-    n_layers, n_heads, d, r, n_vocab = SHAPES[shape]
+    n_layers, n_heads, d, r, n_vocab = sizes
     n = n_layers * n_heads
     pairs = n * n / 2
     return {
@@ -63,13 +66,38 @@ def flops(shape: str) -> dict[str, float]:
     }
 
 
+class Circuits(Benchmark):
+    """All scores of a model of the shape of GPT-2 small."""
+
+    sizes = SHAPES["GPT-2 small"]
+    gemm_size = 2048
+    tiny: ClassVar = {"sizes": (2, 2, 24, 4, 60), "gemm_size": 64}
+
+    def setup(self) -> None:
+        self.name = skhead.register_model(random_model(self.sizes), "benchmark-circuits")
+        self.heads = skhead.load_heads(self.name)
+
+    def teardown(self) -> None:
+        skhead.unregister_model(self.name)
+
+    def track_share_of_plain_product(self) -> float:
+        """Leading flops of all groups over the processor time of all, over a GEMM's rate."""
+        seconds(self.heads.iloc[:2], "all")
+        _, processor = seconds(self.heads, "all")
+        return sum(flops(self.sizes).values()) / processor / plain_gemm_rate(self.gemm_size)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--flops", action="store_true", help="print flops of all shapes and leave")
     if parser.parse_args().flops:
-        print(pd.DataFrame({s: flops(s) for s in SHAPES}).map(lambda x: f"{x / 1e9:,.0f} GFLOP"))
+        print(
+            pd.DataFrame({s: flops(n) for s, n in SHAPES.items()}).map(
+                lambda x: f"{x / 1e9:,.0f} GFLOP"
+            )
+        )
         return
-    name = skhead.register_model(random_model("GPT-2 small"), "benchmark")
+    name = skhead.register_model(random_model(SHAPES["GPT-2 small"]), "benchmark")
     heads = skhead.load_heads(name)
     seconds(skhead.load_heads("skhead/induction-2l"), "all")
     for scores in (*GROUPS, "all"):

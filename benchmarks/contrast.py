@@ -8,15 +8,14 @@ query of its own, and prints the seconds of processor beside those of the two pr
 from __future__ import annotations
 
 import argparse
-import resource
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from hot_paths import cpu_seconds
+from measuring import Benchmark, cpu_ratio, peak_bytes
 
 from skhead import ContrastiveQKDecomposer, QKPairs
 
@@ -33,28 +32,28 @@ def chunk(n_pairs: int, d_head: int, seed: int) -> QKPairs:
     return QKPairs(queries, keys, np.arange(n_pairs), np.ones(n_pairs, dtype=np.int8), agree)
 
 
-class Contrast:
+class Contrast(Benchmark):
     """Sums of second moments of 125,000 pairs at d_head 128."""
 
-    unit = "ratio"
+    n_pairs, d_head = CHUNK, D_HEAD
+    tiny: ClassVar = {"n_pairs": 200, "d_head": 8}
 
     def setup(self) -> None:
-        self.pairs = chunk(CHUNK, D_HEAD, 0)
+        self.pairs = chunk(self.n_pairs, self.d_head, 0)
         self.queries, self.keys = (
             torch.from_numpy(values) for values in (self.pairs.queries, self.pairs.keys)
         )
 
     def track_share_of_plain_product(self) -> float:
         """Rate of the whole fit, SVD included, over that of one product of all rows."""
-        return self._plain() / cpu_seconds(lambda: ContrastiveQKDecomposer().fit(self.pairs), 3)
+        return self._share(ContrastiveQKDecomposer())
 
     def track_share_of_plain_products_whitened(self) -> float:
         """The same with both second moments, against three products."""
-        fit = cpu_seconds(lambda: ContrastiveQKDecomposer(whiten="qk").fit(self.pairs), 3)
-        return 3 * self._plain() / fit
+        return 3 * self._share(ContrastiveQKDecomposer(whiten="qk"))
 
-    def _plain(self) -> float:
-        return cpu_seconds(lambda: self.queries.T @ self.keys, 3)
+    def _share(self, decomposer: ContrastiveQKDecomposer) -> float:
+        return cpu_ratio(lambda: self.queries.T @ self.keys, lambda: decomposer.fit(self.pairs))
 
 
 def chunks(n_pairs: int) -> Iterator[QKPairs]:
@@ -82,11 +81,10 @@ def main() -> None:
             work[name]()
             seconds[name] += time.process_time() - start
     own, plain = seconds["own"], seconds["plain"]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"{arguments.pairs:,} pairs at d_head {D_HEAD}: rank {decomposer.rank_}")
     print(f"partial_fit      {own:6.2f} s of processor, {plain / own:.2f} of the plain rate")
     print(f"plain product    {plain:6.2f} s of processor")
-    print(f"peak memory of the process, chunks included: {peak / 2**30:.2f} GiB")
+    print(f"peak memory of the process, chunks included: {peak_bytes() / 2**30:.2f} GiB")
     benchmark = Contrast()
     benchmark.setup()
     for name in ("track_share_of_plain_product", "track_share_of_plain_products_whitened"):

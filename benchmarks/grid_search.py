@@ -14,13 +14,16 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from typing import ClassVar
 
-import psutil
+import numpy as np
+from measuring import ROOT, Benchmark, cpu_seconds
+from sklearn.base import clone
 
 import skhead
 from skhead.metrics import MacroAveragePrecision
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.append(str(ROOT / "examples"))
 import gpt2_head_classes as example
 
 
@@ -39,6 +42,8 @@ class PeakMemory:
         self._watcher.join()
 
     def _watch(self) -> None:
+        import psutil
+
         me = psutil.Process()
         while not self._done.wait(0.1):
             total = 0
@@ -61,6 +66,33 @@ def search(source: str, memory: str | None, n_jobs: int) -> tuple[float, float, 
         found = example.search(scorer, memory, 0, n_jobs).fit(heads, y)
         seconds = time.perf_counter() - started
     return seconds, watched.peak, found.best_score_
+
+
+class GridSearch(Benchmark):
+    """The example's pipeline at two settings and four folds, heads of the bundled model."""
+
+    n_folds = 4
+    tiny: ClassVar = {"n_folds": 2}
+
+    def setup(self) -> None:
+        self.heads = skhead.load_heads("skhead/induction-2l")
+        self.y = np.where(np.arange(len(self.heads)) // 2 % 2, "odd", "even")
+
+    def track_speedup_by_shared_kernels(self) -> float:
+        """Processor time of all fits with every kernel for itself, over that with a memory."""
+
+        def fits(memory: str | None) -> None:
+            for aggregate in ("mean", "max"):
+                pipeline = example.make_pipeline(memory).set_params(classes__aggregate=aggregate)
+                for fold in range(self.n_folds):
+                    kept = np.arange(len(self.heads)) % self.n_folds != fold
+                    clone(pipeline).fit(self.heads[kept], self.y[kept])
+
+        def shared() -> None:
+            with tempfile.TemporaryDirectory() as memory:
+                fits(memory)
+
+        return cpu_seconds(lambda: fits(None), 1) / cpu_seconds(shared, 1)
 
 
 def main() -> None:

@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 import torch
+from measuring import ROOT, Benchmark, peak_bytes
 
 import skhead
 from skhead.operations import OperationMapper
@@ -41,8 +42,6 @@ SIZES = {
 N_SOURCES = 1597
 #: Name: layers, d_model, tokens.
 SHAPES = {"124M": (12, 768, 50_257), "7B": (32, 4096, 32_000)}
-#: Where the script is that writes checkpoints of these shapes.
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
 def operations(n_vocab: int) -> dict[str, np.ndarray]:
@@ -51,7 +50,7 @@ def operations(n_vocab: int) -> dict[str, np.ndarray]:
     words = rng.permutation(n_vocab)[:N_SOURCES]
     pairs, used = {}, 0
     for name, size in SIZES.items():
-        sources = words[np.arange(used, used + size) % N_SOURCES]
+        sources = words[np.arange(used, used + size) % len(words)]
         targets = sources if "copying" in name else rng.integers(0, n_vocab, size)
         pairs[name] = np.stack([sources, targets], axis=1)
         used += size
@@ -60,7 +59,7 @@ def operations(n_vocab: int) -> dict[str, np.ndarray]:
 
 def write_model(folder: Path, shape: str, n_layers: int, dtype: torch.dtype) -> None:
     """Random weights of a Llama model: all attention, the first MLP and both ends."""
-    sys.path.insert(0, str(SCRIPTS))
+    sys.path.append(str(ROOT / "scripts"))
     from make_shaped_checkpoint import SHAPES as FULL
     from make_shaped_checkpoint import write_checkpoint
 
@@ -88,9 +87,33 @@ def dense_algorithm(heads: pd.DataFrame, pairs: dict[str, np.ndarray]) -> tuple[
     return time.process_time() - started, scores
 
 
-def peak_bytes() -> int:
-    """Largest memory that this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+class Operations(Benchmark):
+    """Two layers of the shape of GPT-2 small, at operations of the published sizes."""
+
+    sizes = 12, 12, 768, 64, 3072, 50_257
+    n_dense = 2
+    tiny: ClassVar = {"sizes": (2, 2, 16, 4, 32, 300)}
+
+    def setup(self) -> None:
+        sys.path.append(str(ROOT / "scripts"))
+        from make_shaped_checkpoint import Shape, write_checkpoint
+
+        self._folder = tempfile.TemporaryDirectory()
+        folder = Path(self._folder.name)
+        write_checkpoint(folder, Shape(2, *self.sizes), 2, torch.float32, ends=True)
+        self.heads = skhead.load_heads(folder)
+        self.pairs = operations(self.sizes[-1])
+
+    def teardown(self) -> None:
+        self._folder.cleanup()
+
+    def track_speedup_over_dense_algorithm(self) -> float:
+        """Processor time per head, reading and null included, of the algorithm it replaces."""
+        dense, _ = dense_algorithm(self.heads.iloc[-self.n_dense :], self.pairs)
+        started = time.process_time()
+        OperationMapper(self.pairs).fit(self.heads)
+        own = (time.process_time() - started) / len(self.heads)
+        return dense / self.n_dense / own
 
 
 def compare(heads: pd.DataFrame, pairs: dict[str, np.ndarray], n_dense: int) -> None:
