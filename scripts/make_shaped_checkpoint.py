@@ -68,6 +68,7 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     shards: dict[str, str] = {}
+    total = 0
     for layer in range(n_layers):
         sizes = _tensors_of(shape, layer, ends and layer == 0)
         shard = f"model-{layer:05d}.safetensors"
@@ -77,7 +78,9 @@ def write_checkpoint(
             tensors = {name: _numbers(size, dtype, generator) for name, size in sizes.items()}
             save_file(tensors, folder / shard)
         shards |= dict.fromkeys(sizes, shard)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+        total += sum(math.prod(size) for size in sizes.values()) * dtype.itemsize
+    index = {"metadata": {"total_size": total}, "weight_map": shards}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(_config(shape, n_layers)))
 
 
