@@ -52,3 +52,16 @@ def stories_tokenizer(models_dir: Path, tmp_path_factory: pytest.TempPathFactory
     directory = tmp_path_factory.mktemp("tokenizer")
     tokenizers.Tokenizer(model).save(str(directory / "tokenizer.json"))
     return directory
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Dask cluster of two worker processes."""
+    distributed = pytest.importorskip("distributed")
+    with (
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+        ) as local,
+        distributed.Client(local) as client,
+    ):
+        yield client

@@ -65,19 +65,6 @@ def saved(tmp_path_factory):
     return skhead.load_heads(path)
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    """A Dask cluster of two worker processes."""
-    distributed = pytest.importorskip("distributed")
-    with (
-        distributed.LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
-        ) as local,
-        distributed.Client(local) as client,
-    ):
-        yield client
-
-
 def check_equal(found, expected):
     """All that a similarity says, but the subspaces."""
     np.testing.assert_allclose(found.values, expected.values, rtol=1e-6, atol=2e-7)
