@@ -6,6 +6,8 @@ VENV ?= .venv
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+BENCH_SHAPES ?= gpt2-small gpt2-medium gpt2-large gpt2-xl
+BENCH_LLAMA_LAYERS ?= 8 32
 DEMO_DIR ?= demo-report
 
 BIN := $(VENV)/bin
@@ -14,7 +16,7 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 REQUIREMENTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types contracts docs bench ci-browser clean distclean
+.PHONY: help demo test lint format types contracts docs bench bench-page ci-browser clean distclean
 
 help:
 	@echo "make demo        install, analyse the bundled model, write $(DEMO_DIR)/report.html"
@@ -23,7 +25,8 @@ help:
 	@echo "make types       static types"
 	@echo "make contracts   which module may import which"
 	@echo "make docs        build the documentation into docs/_build/html"
-	@echo "make bench       side-by-side benchmark against TransformerLens"
+	@echo "make bench       side-by-side benchmark against TransformerLens and loops over pairs"
+	@echo "make bench-page  measure everything (hours) and write docs/benchmarks.rst"
 	@echo "make ci-browser  install chromium where it is missing and allowed"
 	@echo "make clean       remove what was built; make distclean also removes $(VENV)"
 	@echo "Variables: PYTHON=python3.12  TORCH_INDEX=https://download.pytorch.org/whl/cpu  PYTEST_ARGS='-k graph'"
@@ -78,6 +81,19 @@ docs: $(VENV)/.dev
 
 bench: $(VENV)/.lens
 	$(BIN)/python benchmarks/peer.py $(BENCH_ARGS)
+
+bench-page: $(VENV)/.lens
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/hot_paths.py --json benchmarks/results/hot-paths.json
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scaling.py --json benchmarks/results/scaling.json
+	set -e; for shape in $(BENCH_SHAPES); do \
+	    $(BIN)/python benchmarks/peer.py --shape $$shape $(BENCH_ARGS) \
+	        --json benchmarks/results/peer-$$shape.json; \
+	done
+	set -e; for layers in $(BENCH_LLAMA_LAYERS); do \
+	    $(BIN)/python benchmarks/peer.py --shape llama-3-8b --layers $$layers $(BENCH_ARGS) \
+	        --json benchmarks/results/peer-llama-3-8b-$$layers.json; \
+	done
+	$(BIN)/python benchmarks/make_page.py
 
 ci-browser:
 	@if command -v chromium || command -v chromium-browser || command -v google-chrome; then \

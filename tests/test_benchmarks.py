@@ -142,3 +142,39 @@ def test_exponents_of_known_laws():
     found = scaling.fits(rows)
     assert found["products"]["measured"] == pytest.approx(2.1)
     assert [found[part]["within"] for part in scaling.PARTS] == [False, True, True]
+
+
+def test_page_is_what_the_stored_results_make():
+    make_page = importlib.import_module("make_page")
+    results = make_page.stored()
+    assert {"peer"} <= {result["benchmark"] for result in results}
+    assert make_page.PAGE.read_text(encoding="utf-8") == make_page.page(results)
+
+
+def test_page_shows_every_kind_of_result():
+    make_page = importlib.import_module("make_page")
+    machine = {
+        "cpu": "A", "cores": 2, "memory_gb": 8.0, "load": 0.1, "threads": 1, "python": "3.11",
+        "torch": "2", "date": "2026-01-01", "commit": "abc",
+    }  # fmt: skip
+    common = {"machine": machine, "command": "python benchmarks/x.py"}
+    one = {"contestant": "bases-loop", "cpu": 8.0, "wall": 9.0, "peak": 2e9, "added": 1e9}
+    one |= {"direct_share": 0.25, "ratio": {"cpu": 4.0}, "difference": 2e-5, "sampled": [10, 40]}
+    refused = {"contestant": "peer", "not_run": "needs 1182 GB"}
+    peer = {"benchmark": "peer", "shape": "gpt2-xl", "layers": 48, "weights": "random weights"}
+    row = {"layers": 6, "heads": 72, "scratch": 5e6}
+    row |= {kind: {"whole": 1e9} for kind in ("cpu", "flops")}
+    fit = {"whole": {"measured": 1.2, "model": 1.5, "within": False}}
+    text = make_page.page(
+        [
+            {"benchmark": "hot_paths", "ratios": {"Bases": {"speedup": 2.5, "b": "why"}}, **common},
+            {"benchmark": "scaling", "rows": [row], "fits": fit, "max_memory": "1MB", **common},
+            peer | {"tasks": {"cs": [refused], "pk": [one]}, **common},
+        ]
+    )
+    assert text.index("Beside other ways") < text.index("Growth") < text.index("Hot paths")
+    assert "not run: needs 1182 GB" in text
+    assert "extrapolated from 10 of 40 pairs" in text
+    for cells in (("8.00", "9.00", "2.00", "1.00", "4.0", "0.25", "2.0e-05"), ("1.20", "1.50", "no")):
+        assert "".join(f"     - {cell}\n" for cell in cells) in text
+    assert "     - why" in text
