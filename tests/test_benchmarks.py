@@ -175,6 +175,9 @@ def test_page_shows_every_kind_of_result():
     assert text.index("Beside other ways") < text.index("Growth") < text.index("Hot paths")
     assert "not run: needs 1182 GB" in text
     assert "extrapolated from 10 of 40 pairs" in text
-    for cells in (("8.00", "9.00", "2.00", "1.00", "4.0", "0.25", "2.0e-05"), ("1.20", "1.50", "no")):
+    for cells in (
+        ("8.00", "9.00", "2.00", "1.00", "4.0", "0.25", "2.0e-05"),
+        ("1.20", "1.50", "no"),
+    ):
         assert "".join(f"     - {cell}\n" for cell in cells) in text
     assert "     - why" in text
