@@ -20,6 +20,7 @@ between them, and keys trade places in them. At last a head without enough dimen
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from sklearn.pipeline import make_pipeline
 
 import skhead
 from skhead.datasets import (
@@ -134,6 +135,14 @@ pd.DataFrame(
 ).T.round(3)
 
 # %%
+# In a pipeline queries and keys can be scaled first, as any features. The ranks stay, but the
+# scores that are split are then no longer those of the model.
+
+scaled = make_pipeline(skhead.QKTransformer(), skhead.ContrastiveQKDecomposer())
+scaled.fit(pairs)
+print("ranks behind a scaler:", dict(zip(("z1", "z2"), scaled[-1].rank_, strict=True)))
+
+# %%
 # Does attention follow?
 # ----------------------
 #
@@ -202,7 +211,7 @@ for name, marker, colour in (("z1", "o", "#0072B2"), ("z2", "s", "#E69F00")):
 axes[0].set(xlabel="component", ylabel="singular value", title=full.name)
 axes[0].legend(frameon=False)
 for ax, shown in zip(axes[1:], (head, full), strict=True):
-    report = skhead.analyse_superposition(shown)
+    report: skhead.SuperpositionReport = skhead.analyse_superposition(shown)
     most = np.abs(report.interaction).max()
     image = ax.imshow(report.interaction, cmap="PuOr", vmin=-most, vmax=most)
     split_at = shown.embeddings.r1 - 0.5

@@ -25,7 +25,7 @@ import skhead
 
 source = "skhead/induction-2l"
 heads = skhead.load_heads(source)
-virtual = skhead.virtual_heads(heads, top=64, min_ratio=0)
+virtual: skhead.VirtualHeads = skhead.virtual_heads(heads, top=64, min_ratio=0)
 table = virtual.table
 columns = ["composition", "ratio", "effective_rank", "identity_signed", "ov_copying"]
 table[columns].head(5).round(2)
@@ -91,7 +91,9 @@ def ask_questions(words):
 
 questions = np.array([ask_questions(generator.permutation(64)) for _ in range(32)])
 texts = {"a block, twice": repeats, "questions": questions}
-terms = {name: skhead.term_importance(source, tokens) for name, tokens in texts.items()}
+terms: dict[str, skhead.TermImportance] = {
+    name: skhead.term_importance(source, tokens) for name, tokens in texts.items()
+}
 effects = pd.DataFrame({name: found.to_frame()["effect"] for name, found in terms.items()})
 effects.round(2)
 

@@ -13,8 +13,13 @@ second-layer heads read. Only the weights are looked at; the model is never run.
 # The table of heads holds one row per head. :class:`skhead.SubspaceExtractor` reads their four
 # matrices and takes an orthonormal basis of each one's column space.
 
+import tempfile
+from pathlib import Path
+
 import matplotlib.pyplot as plt
+import networkx as nx
 import numpy as np
+import pandas as pd
 
 import skhead
 from skhead.inspection import DistributionDisplay
@@ -80,3 +85,26 @@ ax.set(xticks=np.arange(8), yticks=[0, 1], xlabel="head", ylabel="layer")
 ax.margins(0.15, 0.25)
 ax.spines[:].set_visible(False)
 # sphinx_gallery_thumbnail_number = 2
+
+# %%
+# Take it elsewhere
+# -----------------
+#
+# With classes, the nodes carry what is known of the heads, and :func:`~skhead.class_counts` says
+# how many of them the graph holds. The graph goes to other programs as GraphML (Gephi, Cytoscape,
+# yEd) or as a table of edges. Of a calibrated similarity the edges carry p-values too.
+
+calibrated = skhead.NullCalibrator(side="upper").fit_transform(similarity)
+classes = skhead.datasets.load_head_classes("induction-2l", heads)
+classed = skhead.wiring_graph(calibrated, k=5, classes=classes)
+skhead.class_counts(classed)
+
+# %%
+
+with tempfile.TemporaryDirectory() as folder:
+    skhead.write_graphml(classed, Path(folder) / "wiring.graphml")
+    skhead.write_edges(classed, Path(folder) / "edges.csv")
+    read_back = nx.read_graphml(Path(folder) / "wiring.graphml")
+    edges = pd.read_csv(Path(folder) / "edges.csv")
+print(read_back.number_of_edges(), "edges,", read_back.nodes["L1H1"])
+edges.head(3).round(2)

@@ -7,10 +7,7 @@ import dataclasses
 import doctest
 import importlib
 import inspect
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -130,24 +127,6 @@ def test_examples_of_a_page_run(page, tmp_path, monkeypatch):
     assert result.failed == 0
     if page.name == "quickstart.rst":
         assert result.attempted > 5
-
-
-@pytest.mark.parametrize(
-    "script", sorted((ROOT / "examples").glob("plot_*.py")), ids=lambda script: script.stem
-)
-def test_gallery_script_runs(script, tmp_path):
-    environment = {**os.environ, "MPLBACKEND": "Agg"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore:.*non-GUI backend", str(script)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert not list(tmp_path.iterdir()), "a gallery script leaves files behind"
 
 
 def test_api_reference_lists_the_public_names_and_no_others():
