@@ -108,6 +108,7 @@ for ax, kind in zip(axes, KINDS, strict=True):
         ax.annotate(label[1:].replace("H", "."), (x, y), (0, 8), textcoords="offset points",
                     ha="center", fontsize=7)  # fmt: skip
     ax.set(title=kind, xlabel="layer", xticks=range(12), yticks=range(12), ylim=(-0.7, 12))
+    ax.set_xlim(-0.7, 11.7)
 axes[0].set_ylabel("head")
 for name, colour in colours.items():
     shown = "no class" if name == "None" else name
