@@ -86,9 +86,12 @@ pd.DataFrame({"untrained": called(random), "skhead/induction-2l": called(trained
 # One pair at a time
 # ------------------
 #
-# Of the trained model, the K-pairs against random subspaces: where the bulk lies, whether p-values
-# are uniform as they would be without any structure, and how many pairs are called at each rate.
-# One pair is far away from all others.
+# The empirical null calls a pair without any training. It learns from the pairs themselves, and 64
+# of a kind are few.
+#
+# Of the trained model, here are the K-pairs against random subspaces: where the bulk lies, whether
+# p-values are uniform as they would be without any structure, and how many pairs are called. One
+# pair is far away from all others.
 
 calibrated = skhead.NullCalibrator(side="upper").fit_transform(trained)
 display = NullDisplay.from_similarity(calibrated, pair="OK", bins=40)

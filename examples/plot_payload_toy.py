@@ -140,7 +140,7 @@ pd.DataFrame(
 
 scaled = make_pipeline(skhead.QKTransformer(), skhead.ContrastiveQKDecomposer())
 scaled.fit(pairs)
-print("ranks behind a scaler:", dict(zip(("z1", "z2"), scaled[-1].rank_, strict=True)))
+print("ranks behind a scaler:", dict(zip(("z1", "z2"), scaled[-1].rank_.tolist(), strict=True)))
 
 # %%
 # Does attention follow?

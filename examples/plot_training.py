@@ -135,8 +135,8 @@ for ax in axes:
 # Copying comes first, and the loss falls by what it brings without a match: the next word is one of
 # those that were there. After some fifty steps a first-layer head turns to the previous token, the
 # match sharpens, and the rest of the loss goes in as many steps again. The overlap of one pair's
-# subspaces leaves the range of chance meanwhile, near step 80, when half of the loss is still there
-# to be lost: an overlap of O and K shows the circuit without asking for any of its parts.
+# subspaces leaves the range of chance meanwhile, near step 80, when the loss has come down from 2.0
+# to 0.9: an overlap of O and K shows the circuit without asking for any of its parts.
 
 # %%
 # Who does what, at the end
