@@ -75,7 +75,7 @@ else:
     origin = "stored numbers, made from GPT-2 small's weights"
 print(origin)
 edges = pd.DataFrame(measured["edges"], columns=["pair", "source", "target", "score"])
-edges.groupby("pair").head(3)
+edges.groupby("pair").head(3).round(2)
 
 # %%
 # The diagram
