@@ -18,6 +18,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import Tags
 from tqdm import tqdm
 
+from skhead._devices import default_device
 from skhead.containers import RoleBases, Subspaces, head_codes
 from skhead.exceptions import DegenerateHeadError, HeadShapeError, ProvenanceMismatchError
 from skhead.linalg.bases import orthonormal_bases
@@ -141,11 +142,6 @@ class HeadInput:
             state["stacks"] = {role: torch.from_numpy(array) for role, array in arrays.items()}
         for name, value in state.items():
             object.__setattr__(self, name, value)
-
-
-def default_device() -> torch.device:
-    """The GPU that CUDA puts first, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def open_door(X: Any, caller: str) -> HeadInput:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from skhead._base import HeadInput, open_door
+from skhead._devices import default_device
 from skhead.exceptions import DegenerateHeadError, HeadShapeError, UnsupportedLayoutError
 from skhead.linalg.vocabulary import row_products
 from skhead.weights import head_labels
@@ -53,6 +54,11 @@ class Processing:
         """The three as keyword arguments."""
         return {"fold_norm": self.fold_norm, "center": self.center, "device": self.device}
 
+    @property
+    def place(self) -> torch.device | str:
+        """Where what is read of a model is put."""
+        return default_device() if self.device is None else self.device
+
     def stack(self, source: HeadInput, role: str) -> torch.Tensor:
         """One matrix for every head, ``(n_heads, d_model, d_head)``."""
         read = source.read(role, **self.options)
@@ -60,7 +66,7 @@ class Processing:
 
     def tokens(self, source: str, tables: Collection[str] = TABLES) -> TokenSpace:
         """Embedding, unembedding and positions of a source, processed alike."""
-        return read_token_space(source, tables=tables, **self.options)
+        return read_token_space(source, tables=tables, **self.options | {"device": self.place})
 
 
 def per_head(stack: torch.Tensor, index: NDArray[np.int64]) -> torch.Tensor:

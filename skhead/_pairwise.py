@@ -41,6 +41,7 @@ from skhead._compared import (
     refuse_zero,
     roles_in,
 )
+from skhead._devices import check_device
 from skhead._distributed import measure_in_workers, workers_share
 from skhead._tiling import Factors
 from skhead.containers import Similarity, Subspaces, feature_names
@@ -78,6 +79,7 @@ class PairwiseKernel(HeadEstimator):
         name = type(self).__name__
         for option, allowed in self._options.items():
             check_option(option, getattr(self, option), allowed, name)
+        check_device(self.device, name)
         if hasattr(self, "max_memory"):
             parse_bytes(self.max_memory, name)
         return check_pairs(self.pairs, self._allowed_pairs, name)

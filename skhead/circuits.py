@@ -16,7 +16,6 @@ from skhead._base import (
     HeadEstimator,
     HeadInput,
     check_option,
-    default_device,
     extract_subspaces,
     open_door,
     parse_bytes,
@@ -24,6 +23,7 @@ from skhead._base import (
 from skhead._circuits.models import ScoredHeads, missing_in_stack, score_model, score_stack
 from skhead._circuits.scores import GROUPS, identity_parts
 from skhead._circuits.surroundings import ModelReader, Reading
+from skhead._devices import check_device, resolve_device
 from skhead.exceptions import CheckpointError, DegenerateHeadError, HeadShapeError
 from skhead.weights import HEAD_COLUMNS, check_heads, head_labels
 
@@ -317,6 +317,7 @@ class CircuitScorer(HeadEstimator):
         name = type(self).__name__
         check_option("errors", self.errors, ("warn", "raise", "ignore"), name)
         parse_bytes(self.max_memory, name)
+        check_device(self.device, name, float64=True)
         scale: Any = self.position_scale
         if not isinstance(scale, int | float | np.number) or not 0 < scale < np.inf:
             raise ValueError(f"{name}: position_scale must be a number above 0, got {scale!r}")
@@ -387,7 +388,7 @@ class CircuitScorer(HeadEstimator):
         return Reading(
             fold_norm=self.fold_norm,
             center=self.center,
-            device=default_device() if self.device is None else self.device,
+            device=resolve_device(self.device, type(self).__name__, float64=True),
             n_positions=int(self.n_positions),
             position_scale=float(self.position_scale),
             n_tokens=None if self.n_tokens is None else int(self.n_tokens),
@@ -466,7 +467,8 @@ def identity_scores(
             "identity_scores: needs W_V and W_O of every head; pass a heads table or a stack of "
             "shape (n_heads, 4, d_model, d_head) for Q, K, V, O"
         )
-    options: dict[str, Any] = {"fold_norm": fold_norm, "center": center, "device": device}
+    place = check_device(device, "identity_scores", float64=True)
+    options: dict[str, Any] = {"fold_norm": fold_norm, "center": center, "device": place}
     subspaces = extract_subspaces(source, "VO", rank=None, caller="identity_scores", **options)
     bases = [subspaces.role(role) for role in "VO"]
     matrices = [source.read(role, **options) for role in "VO"]

@@ -14,8 +14,9 @@ from sklearn.metrics import roc_auc_score
 from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
 
-from skhead._base import check_option, default_device
+from skhead._base import check_option
 from skhead._checks import check_count, check_number
+from skhead._devices import check_device, resolve_device
 from skhead._qk.decomposition import FeatureSums, Solver
 from skhead._qk.doors import generator, open_pairs, open_vectors, refuse_not_finite
 from skhead._qk.reading import FeatureReader
@@ -434,7 +435,7 @@ class ContrastiveQKDecomposer(TransformerMixin, FeatureReader):
         """The sums that these pairs go into: those that there are, and new ones for new classes."""
         found = dict(self._sums)
         names = {sums.name: key for key, sums in found.items()}
-        device = torch.device(default_device() if self.device is None else self.device)
+        device = resolve_device(self.device, self._name)
         for column, feature in enumerate(pairs.features):
             asked = classes_asked(pairs, column) if self.per_class else [None]
             for key in [(column, label) for label in asked if (column, label) not in found]:
@@ -483,6 +484,7 @@ class ContrastiveQKDecomposer(TransformerMixin, FeatureReader):
     def _solver(self) -> Solver:
         """Checked parameters."""
         name, rank = self._name, self._checked_rank()
+        check_device(self.device, name)
         check_option("pair_weighting", self.pair_weighting, WEIGHTINGS, name)
         check_option("whiten", self.whiten, (None, "qk"), name)
         check_option("attribution", self.attribution, ("oblique", "query"), name)

@@ -19,6 +19,7 @@ from skhead._base import (
     open_door,
     parse_bytes,
 )
+from skhead._devices import check_device
 from skhead.containers import Subspaces
 from skhead.exceptions import HeadShapeError
 
@@ -117,6 +118,7 @@ class SubspaceExtractor(HeadEstimator, auto_wrap_output_keys=None):  # type: ign
 
     def _fit(self, X: Any) -> HeadInput:
         source = open_door(X, type(self).__name__)
+        check_device(self.device, type(self).__name__)
         self._check_rank(int(source.heads["d_head"].iloc[0]))
         self.roles_ = self._roles_of(source)
         self.d_model_ = source.d_model
@@ -180,7 +182,7 @@ class SubspaceExtractor(HeadEstimator, auto_wrap_output_keys=None):  # type: ign
             rank=self.rank if self.rank is None or self.rank < 1 else int(self.rank),
             fold_norm=self.fold_norm,
             center=self.center,
-            device=self.device,
+            device=check_device(self.device, type(self).__name__),
             caller=type(self).__name__,
             cache=self._open_cache(),
         )

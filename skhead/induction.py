@@ -15,6 +15,7 @@ from scipy.special import ndtri
 
 from skhead._base import ROLES, defined_pairs, progress_bar
 from skhead._checks import check_count, check_number
+from skhead._devices import check_device
 from skhead._inputs import (
     LayerReader,
     Processing,
@@ -170,7 +171,7 @@ def induction_pairs(
         raise ValueError(f"{_CALLER}: alpha must lie between 0 and 1; got {alpha!r}")
     limit = None if top is None else check_count("top", top, _CALLER)
     places = check_count("n_positions", n_positions, _CALLER, smallest=3)
-    process = Processing(fold_norm, center, device)
+    process = Processing(fold_norm, center, check_device(device, _CALLER, float64=True))
     tables = []
     for model in of_sources(open_maps(heads, _CALLER)):
         if not model.stored:

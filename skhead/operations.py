@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
 
-from skhead._base import HeadEstimator, check_option, default_device, open_door, parse_bytes
+from skhead._base import HeadEstimator, check_option, open_door, parse_bytes
 from skhead._checks import check_count, check_number
+from skhead._devices import check_device, resolve_device
 from skhead._inputs import Processing, SourceHeads, of_sources
 from skhead._operations.pairs import token_pairs
 from skhead._operations.scoring import OperationRanks, Reading, rank_operations
@@ -374,6 +375,7 @@ class OperationMapper(HeadEstimator):
         if self.n_valid_tokens is not None:
             check_count("n_valid_tokens", self.n_valid_tokens, name)
         parse_bytes(self.max_memory, name)
+        check_device(self.device, name, float64=True)
         return settings
 
     def _ks(self, key: str, value: Any) -> tuple[int, ...]:
@@ -401,7 +403,7 @@ class OperationMapper(HeadEstimator):
     def _rank(self, models: list[SourceHeads]) -> list[OperationRanks]:
         """Ranks of all heads, by operation, in the order of the heads table."""
         settings = self.settings_
-        device = default_device() if self.device is None else self.device
+        device = resolve_device(self.device, type(self).__name__, float64=True)
         reading = Reading(
             Processing(settings["fold_norm"], settings["center"], device),
             settings["source_embedding"],

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from skhead._base import check_option, defined_pairs
 from skhead._checks import check_count, check_number
+from skhead._devices import check_device
 from skhead._inputs import (
     LayerReader,
     Processing,
@@ -224,7 +225,7 @@ def virtual_heads(
         top=n_paths,
         beam=width,
         min_ratio=smallest,
-        process=Processing(fold_norm, center, device),
+        process=Processing(fold_norm, center, check_device(device, caller, float64=True)),
         errors=errors,
     )
     parts = list(map(of_model, of_sources(open_maps(heads, caller))))

@@ -22,6 +22,7 @@ from skhead._base import (
     open_door,
 )
 from skhead._checks import check_count
+from skhead._devices import check_device
 from skhead._inputs import Processing, check_ids, token_columns, token_matrix, token_texts
 from skhead.containers import Subspaces
 from skhead.exceptions import HeadShapeError, HeadTableError
@@ -157,6 +158,7 @@ class SubspaceReadout(HeadEstimator):
             If a parameter is out of range.
         """
         name = type(self).__name__
+        check_device(self.device, name, float64=True)
         check_option("role", self.role, tuple(ROLES), name)
         check_option("order", self.order, ORDERS, name)
         check_option("matrix", self.matrix, ("auto", "unembedding", "embedding"), name)

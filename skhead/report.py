@@ -7,9 +7,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from skhead._base import check_option
+from skhead._devices import check_device
 from skhead._report.data import Options, analyse
 from skhead._report.files import write_files
 from skhead._report.numbers import summarize
@@ -111,7 +110,7 @@ def write_report(
     if isinstance(k, bool) or int(k) != k or k < 1:
         raise ValueError(f"write_report: k must be a positive integer, got {k!r}")
     check_option("null", null, NULLS, "write_report")
-    _check_device(device)
+    check_device(device, "write_report")
     stage = progress if progress is not None else _quiet
     options = Options(
         revision=revision,
@@ -138,16 +137,6 @@ def write_report(
         render(analysis, numbers, write_files(analysis, numbers, target)), encoding="utf-8"
     )
     return page
-
-
-def _check_device(device: str | None) -> None:
-    if device is None:
-        return
-    try:
-        torch.empty(0, device=device)
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"write_report: device {device!r} cannot be used: {reason}") from error
 
 
 def _quiet(line: str) -> None:

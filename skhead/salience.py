@@ -15,6 +15,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from skhead._base import HeadEstimator, HeadInput, check_option, open_door
 from skhead._checks import check_count
+from skhead._devices import check_device
 from skhead._inputs import (
     Processing,
     check_ids,
@@ -185,7 +186,7 @@ class SalientOperations(HeadEstimator):
         self.n_vocab_ = len(self._table("embedding"))
         self.tokens_ = check_ids(self.tokens, self.n_vocab_, "tokens", name)
         if self.source_ is not None and bool((opened.heads["layer"] > 0).any()):
-            read_source_embedding(self.source_, self.source_embedding, [0], self.device)
+            read_source_embedding(self.source_, self.source_embedding, [0], self._process.place)
         return self
 
     def transform(self, X: Any) -> NDArray[np.float32]:
@@ -279,6 +280,7 @@ class SalientOperations(HeadEstimator):
         check_count("n_targets", self.n_targets, name)
         check_option("source_embedding", self.source_embedding, SOURCE_EMBEDDINGS, name)
         check_option("direction", self.direction, DIRECTIONS, name)
+        check_device(self.device, name, float64=True)
 
     @property
     def _process(self) -> Processing:
@@ -388,7 +390,7 @@ class SalientOperations(HeadEstimator):
             return self._considered(self._given["embedding"])
         tokens = None if self._takes_all else self.tokens_.tolist()
         return read_source_embedding(
-            self.source_, kind, tokens, self.device, fold_norm=self.fold_norm
+            self.source_, kind, tokens, self._process.place, fold_norm=self.fold_norm
         )
 
     def _saliencies(self, layer: _Layer) -> torch.Tensor:

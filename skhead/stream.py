@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from skhead._base import ROLES, HeadInput, defined_pairs, extract_subspaces, progress_bar
 from skhead._checks import check_count
+from skhead._devices import check_device
 from skhead._inputs import (
     Processing,
     SourceHeads,
@@ -87,7 +88,7 @@ def stream_usage(
     >>> usage[["layer", "role", "dimension"]].head(4).to_dict("list")
     {'layer': [0, 0, 0, 0], 'role': ['Q', 'K', 'V', 'O'], 'dimension': [128, 128, 128, 128]}
     """
-    process = Processing(fold_norm, center, device)
+    process = Processing(fold_norm, center, check_device(device, "stream_usage", float64=True))
     rows: list[dict[str, Any]] = []
     for model in of_sources(open_maps(heads, "stream_usage")):
         written = None
@@ -224,7 +225,7 @@ def erasures(
     True
     """
     kept = None if top is None else check_count("top", top, "erasures")
-    process = Processing(fold_norm, center, device)
+    process = Processing(fold_norm, center, check_device(device, "erasures", float64=True))
     tables = [
         _erasures_of_source(model, kept, process)
         for model in of_sources(open_maps(heads, "erasures"))

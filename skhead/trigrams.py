@@ -12,6 +12,7 @@ import torch
 
 from skhead._base import ROLES, progress_bar
 from skhead._checks import check_count
+from skhead._devices import check_device
 from skhead._inputs import (
     Processing,
     SourceHeads,
@@ -114,7 +115,7 @@ def skip_trigrams(
     """
     n_kept = check_count("n_sources", n_sources, _CALLER)
     n_listed = check_count("k", k, _CALLER)
-    process = Processing(fold_norm, center, device)
+    process = Processing(fold_norm, center, check_device(device, _CALLER, float64=True))
     tables = []
     for model in of_sources(open_maps(heads, _CALLER)):
         if not model.stored:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from skhead._base import default_device, progress_bar
+from skhead._base import progress_bar
 from skhead._inputs import Processing, SourceHeads, heads_at, layer_rows, token_matrix
 from skhead._operations.pairs import check_targets
 from skhead.exceptions import DegenerateHeadError, MemoryBudgetError, UnsupportedLayoutError
@@ -319,7 +319,7 @@ class _Batch:
             (torch.from_numpy(np.searchsorted(own, ids[:, 0])), torch.from_numpy(ids[:, 1].copy()))
             for ids in pairs.values()
         ]
-        device = default_device() if reading.process.device is None else reading.process.device
+        device = reading.process.place
         arranged = PairTables.of(tables, [reading.ks[name] for name in pairs], len(own))
         places = torch.from_numpy(np.searchsorted(sources, own))
         return cls(tuple(pairs), places.to(device), arranged.to(device))

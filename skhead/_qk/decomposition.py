@@ -13,6 +13,7 @@ from skhead._frozen import Frozen
 from skhead._qk.weights import WeightedPairs, weigh_pairs
 from skhead.exceptions import NoContrastError
 from skhead.linalg.contrast import ContrastMoments, PermutedMoments, contrast_spectrum, energy_rank
+from skhead.linalg.devices import put
 from skhead.qk_pairs import QKPairs
 
 __all__ = ["Decomposition", "FeaturePart", "FeatureSums", "Solver"]
@@ -147,18 +148,18 @@ class FeatureSums:
             weighted, ContrastMoments(own.d_head, own.center, own.whiten, own.device)
         )
         queries, keys, index, kinds = (
-            torch.as_tensor(values, device=own.device)
+            put(values, own.device)
             for values in (pairs.queries, pairs.keys, pairs.query_index, weighted.kinds)
         )
         weights = None
         if weighted.weights is not None:
-            weights = torch.as_tensor(weighted.weights, device=own.device)
+            weights = put(weighted.weights, own.device)
         part.moments.add(queries, keys, index, kinds, weights)
         if self.permuted is not None:
             part.permuted = PermutedMoments(self.permuted.n_permutations, own.d_head, own.device)
             for some in weighted.permutations(self.permuted.n_permutations, rng):
-                rows = torch.as_tensor(some.keys, device=own.device)
-                assigned = torch.as_tensor(some.weights, device=own.device)
+                rows = put(some.keys, own.device)
+                assigned = put(some.weights, own.device)
                 part.permuted.add(some.which, queries[index[rows]], keys[rows], assigned)
         return part
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 
 from skhead.exceptions import MemoryBudgetError
+from skhead.linalg.devices import supports_float64
 from skhead.linalg.factored import frobenius_norms
 from skhead.linalg.precision import fast_float32_matmul, wide
 from skhead.linalg.stacks import Stack
@@ -189,7 +190,7 @@ def cross_measures(
                 if left is None:
                     left = rows[start : start + n_rows].mT.flatten(0, 1)
                 cross = _cross(left, columns[first : first + n_columns], rows.shape[2], i, j)
-                out[start + i, first + j] = measure(cross, start + i, first + j).double().cpu()
+                out[start + i, first + j] = measure(cross, start + i, first + j).cpu().double()
                 done += len(i)
                 if progress is not None:
                     progress(done / total)
@@ -231,4 +232,4 @@ def _cross(
 
 def decomposable(stack: torch.Tensor) -> torch.Tensor:
     """The same numbers where they can be decomposed, which Apple's GPUs cannot."""
-    return stack.cpu().double() if stack.device.type == "mps" else stack
+    return stack if supports_float64(stack.device) else stack.cpu().double()

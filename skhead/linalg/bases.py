@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from skhead.linalg.devices import exact_device
+
 __all__ = ["Bases", "orthonormal_bases", "rank_tolerance"]
 
 #: Beyond this ratio of largest to smallest kept singular value the float64 Gram matrix has lost
@@ -100,7 +102,7 @@ def orthonormal_bases(
     spacing = torch.finfo(stack.dtype).eps if eps is None else eps
     out_dtype = torch.promote_types(stack.dtype, torch.float32)
     width = min(d_model, d_head)
-    work_device = stack.device if stack.device.type != "mps" else torch.device("cpu")
+    work_device = exact_device(stack.device)
     if overwrite and width == d_head and out_dtype == stack.dtype:
         vectors = stack
     else:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from skhead.linalg.devices import exact_device
 from skhead.linalg.precision import wide
 
 __all__ = [
@@ -46,10 +47,10 @@ def gram_roots(stack: torch.Tensor) -> torch.Tensor:
     roots, failed = torch.linalg.cholesky_ex(gram)
     singular = failed != 0
     if singular.any():
-        exact = stack[singular].double()
+        exact = stack[singular].to(exact_device(stack.device)).double()
         eigenvalues, vectors = torch.linalg.eigh(exact.mT @ exact)
         scaled = vectors * eigenvalues.clamp_min(0).sqrt()[:, None, :]
-        roots[singular] = scaled.to(roots.dtype)
+        roots[singular] = scaled.to(roots.device, roots.dtype)
     return roots
 
 

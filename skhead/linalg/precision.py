@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from skhead.linalg.devices import supports_float64
+
 __all__ = [
     "MATMUL_PRECISIONS",
     "fast_float32_matmul",
@@ -112,7 +114,7 @@ def wide(values: torch.Tensor) -> torch.Tensor:
     ----------
     values : Tensor
     """
-    return values if values.device.type == "mps" else values.double()
+    return values.double() if supports_float64(values.device) else values
 
 
 def tall_product(tall: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:

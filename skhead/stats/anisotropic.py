@@ -17,6 +17,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from skhead.exceptions import DegenerateHeadError, HeadShapeError
+from skhead.linalg.devices import supports_float64
 from skhead.linalg.precision import fast_float32_matmul
 
 __all__ = [
@@ -350,4 +351,4 @@ def _side_by_side(heads: torch.Tensor) -> torch.Tensor:
 
 
 def _wide_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
+    return torch.float64 if supports_float64(device) else torch.float32

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from skhead.exceptions import HeadShapeError, MemoryBudgetError
+from skhead.linalg.devices import exact_device
 from skhead.linalg.precision import fast_float32_matmul, wide
 
 __all__ = ["SignflipMoments", "pooled_eigenbasis", "signflip_moments"]
@@ -65,7 +66,7 @@ def pooled_eigenbasis(*matrices: torch.Tensor) -> torch.Tensor:
             f"pooled_eigenbasis: needs square matrices of one width, got shapes {sorted(shapes)}"
         )
     pooled = torch.stack([matrix / matrix.trace() for matrix in matrices]).mean(0)
-    able = pooled.cpu() if pooled.device.type == "mps" else pooled
+    able = pooled.to(exact_device(pooled.device))
     axes: torch.Tensor = torch.linalg.eigh(able)[1]
     return axes.to(pooled.device)
 
