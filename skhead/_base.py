@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import Tags
 from tqdm import tqdm
 
-from skhead._devices import default_device
+from skhead._devices import default_device, halved, naming_full_device
 from skhead.containers import RoleBases, Subspaces, head_codes
 from skhead.exceptions import DegenerateHeadError, HeadShapeError, ProvenanceMismatchError
 from skhead.linalg.bases import orthonormal_bases
@@ -52,6 +53,8 @@ ROLES = "QKVO"
 ANONYMOUS = "X"
 #: The layer number of heads that have none.
 NO_LAYER = -1
+
+_FULL_REMEDY = "keep them in files with SubspaceExtractor(cache=...), or use device='cpu'"
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -304,11 +307,15 @@ def extract_subspaces(
             _refuse_zero(stored.ranks, stored.index, source.heads, role, caller)
             bases[role] = RoleBases(stored.stack, stored.ranks, stored.index)
             continue
-        read = source.read(role, fold_norm=fold_norm, center=center, device=device)
-        own = source.stacks is None
-        found = orthonormal_bases(
-            read.tensor, rank=rank, eps=torch.from_numpy(read.eps), overwrite=own
-        )
+        with naming_full_device(caller, f"the bases of role {role}", _FULL_REMEDY):
+            read = source.read(role, fold_norm=fold_norm, center=center, device=device)
+            found = orthonormal_bases(
+                read.tensor,
+                rank=rank,
+                eps=torch.from_numpy(read.eps),
+                overwrite=source.stacks is None,
+                shrink=partial(halved, caller=caller, what="block of {} heads"),
+            )
         ranks = found.ranks.cpu().numpy()
         _refuse_zero(ranks, read.index, source.heads, role, caller)
         bases[role] = RoleBases(found.vectors, ranks, read.index)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -11,13 +12,18 @@ import torch
 from skhead.exceptions import MemoryBudgetError
 from skhead.linalg.devices import is_out_of_memory, supports_float64
 
-__all__ = ["check_device", "default_device", "halved", "resolve_device", "with_less_memory"]
+__all__ = [
+    "check_device",
+    "default_device",
+    "halved",
+    "naming_full_device",
+    "reason_if_full",
+    "resolve_device",
+    "with_less_memory",
+]
 
 Device = torch.device | str | None
 _Result = TypeVar("_Result")
-
-#: Bytes below which a budget is not halved any more.
-_SMALLEST_BUDGET = 2**16
 
 
 def default_device() -> torch.device:
@@ -76,7 +82,9 @@ def _available() -> list[str]:
     return [*names, "mps"] if torch.backends.mps.is_available() else names
 
 
-def with_less_memory(compute: Callable[[int], _Result], budget: int, caller: str) -> _Result:
+def with_less_memory(
+    compute: Callable[[int], _Result], budget: int, caller: str, smallest: int = 2**16
+) -> _Result:
     """Compute within a budget, and again within half of it whenever the device's memory is full.
 
     Parameters
@@ -87,35 +95,38 @@ def with_less_memory(compute: Callable[[int], _Result], budget: int, caller: str
         Bytes to begin with.
     caller : str
         Estimator to name in warnings and errors.
+    smallest : int, default=65536
+        Bytes that are not halved any more.
 
     Raises
     ------
     MemoryBudgetError
-        If the device has no room for the smallest tiles.
+        If the budget is too small, or the device has no room for the smallest tiles.
     """
-    full = None
+    reason = None
     while True:
         try:
             return compute(budget)
         except MemoryBudgetError as error:
-            if full is None:
-                raise MemoryBudgetError(f"{caller}: {error}") from None
-            raise MemoryBudgetError(
-                f"{caller}: the device has no room for the smallest tiles ({full}; then: {error}); "
-                "free its memory, compare fewer heads at once, or use device='cpu'"
-            ) from None
+            message = f"{caller}: {str(error).removeprefix(f'{caller}: ')}"
+            if reason is not None:
+                message += f" (max_memory was lowered because the device said: {reason})"
+            raise MemoryBudgetError(message) from None
         except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            full = str(error).splitlines()[0]
-        # Outside of the except clause, where the failed attempt's frames hold no tensors any more.
-        budget = halved(budget, full, caller, "max_memory", "bytes", smallest=_SMALLEST_BUDGET)
+            reason = reason_if_full(error)
+        # Here the frames of the failed attempt, and the tensors in them, are gone.
+        budget = halved(budget, reason, caller, "max_memory of {} bytes", smallest=smallest)
 
 
-def halved(
-    size: int, reason: str, caller: str, name: str, unit: str, *, smallest: int, stacklevel: int = 3
-) -> int:
-    """Half of a size that the device had no memory for, with a warning.
+def reason_if_full(error: RuntimeError) -> str:
+    """What a device says whose memory is full; any other error is raised again."""
+    if not is_out_of_memory(error):
+        raise error
+    return str(error).splitlines()[0]
+
+
+def halved(size: int, reason: str, caller: str, what: str, *, smallest: int = 1) -> int:
+    """Half of a size that a device had no memory for, with a warning.
 
     Parameters
     ----------
@@ -124,12 +135,10 @@ def halved(
         What the device said.
     caller : str
         Estimator to name.
-    name, unit : str
-        What is halved.
-    smallest : int
+    what : str
+        What is halved, with braces in the place of its size.
+    smallest : int, default=1
         What cannot be halved any more.
-    stacklevel : int, default=3
-        As for `warnings.warn`.
 
     Raises
     ------
@@ -138,16 +147,39 @@ def halved(
     """
     if size <= smallest:
         raise MemoryBudgetError(
-            f"{caller}: the device has no room even for {name}={size} {unit} ({reason}); free its "
-            "memory, take fewer heads at once, or use device='cpu'"
+            f"{caller}: the device is out of memory even with a {what.format(size)} ({reason}); "
+            "free its memory, take fewer heads at once, or use device='cpu'"
         )
     less = max(size // 2, smallest)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     warnings.warn(
-        f"{caller}: the device is out of memory ({reason}); trying again with {name}={less} "
-        f"{unit} in place of {size}",
+        f"{caller}: the device is out of memory with a {what.format(size)} ({reason}); trying "
+        f"again with a {what.format(less)}",
         UserWarning,
-        stacklevel=stacklevel,
+        stacklevel=3,
     )
     return less
+
+
+@contextmanager
+def naming_full_device(caller: str, what: str, remedy: str) -> Iterator[None]:
+    """Say what did not fit where nothing can be done about a device whose memory is full.
+
+    Parameters
+    ----------
+    caller : str
+        Estimator to name.
+    what, remedy : str
+
+    Raises
+    ------
+    MemoryBudgetError
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = reason_if_full(error)
+        raise MemoryBudgetError(
+            f"{caller}: {what} do not fit into the memory of the device ({reason}); {remedy}"
+        ) from error

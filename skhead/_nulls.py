@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from scipy.special import log_ndtr
 
 from skhead._base import extract_subspaces, open_door, rank_scale
+from skhead._devices import with_less_memory
 from skhead.containers import RoleBases, Similarity, Subspaces
 from skhead.exceptions import HeadShapeError
 from skhead.stats.anisotropic import (
@@ -48,6 +50,8 @@ FloatArray = NDArray[np.float64]
 _KEYS = ["source", "layer", "head"]
 #: Variance of a kernel below which rounding is all that varies.
 _LEAST_VARIANCE = 1e-8
+#: Bytes that the projectors of a sign-flip null may take at a time.
+_SCRATCH = 2**30
 
 
 @dataclass(frozen=True)
@@ -286,7 +290,11 @@ class SignflipNull(NullLaw):
         pair = similarity.pairs[p]
         rows, columns = _subspaces(similarity)
         row, column = rows.role(pair[0]), columns.role(pair[1])
-        moments = signflip_moments(row.tensor, column.tensor, self._axes[pair])
+        moments = with_less_memory(
+            partial(signflip_moments, row.tensor, column.tensor, self._axes[pair]),
+            _SCRATCH,
+            "NullCalibrator",
+        )
         at = np.ix_(row.index, column.index)
         if not (moments.variance[at][~np.isnan(scores)] > _LEAST_VARIANCE).all():
             raise HeadShapeError(

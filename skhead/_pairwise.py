@@ -41,11 +41,11 @@ from skhead._compared import (
     refuse_zero,
     roles_in,
 )
-from skhead._devices import check_device
+from skhead._devices import check_device, with_less_memory
 from skhead._distributed import measure_in_workers, workers_share
 from skhead._tiling import Factors
 from skhead.containers import Similarity, Subspaces, feature_names
-from skhead.exceptions import HeadShapeError, MemoryBudgetError
+from skhead.exceptions import HeadShapeError
 from skhead.linalg.alignments import Measure, unit_stack
 from skhead.linalg.kernels import Spans, overlap_blocks
 from skhead.linalg.stacks import Stack
@@ -156,14 +156,17 @@ class SharedKernel(PairwiseKernel):
         return found
 
     def _within_budget(self, compute: Callable[..., Any]) -> Any:
-        """Compute something with a memory budget and progress, and errors that name the caller."""
+        """Compute something with a memory budget and progress, and errors that name the caller.
+
+        Where the device's memory does not hold that much, the budget is halved.
+        """
         name = type(self).__name__
-        budget = parse_bytes(self.max_memory, name)
-        with progress_fraction(name) as progress:
-            try:
+
+        def attempt(budget: int) -> Any:
+            with progress_fraction(name) as progress:
                 return compute(max_memory=budget, progress=progress)
-            except MemoryBudgetError as error:
-                raise MemoryBudgetError(f"{name}: {error}") from None
+
+        return with_less_memory(attempt, parse_bytes(self.max_memory, name), name)
 
     def _shares(self, *sides: pd.DataFrame | None) -> bool:
         """Whether workers are to compare the heads of these tables; None for heads in memory."""

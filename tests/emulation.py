@@ -63,12 +63,16 @@ class _There(torch.Tensor):
 
 
 class Emulation(TorchDispatchMode):
-    """What happens on the device; `syncs` counts how often the host waited for it."""
+    """What happens on the device.
+
+    `syncs` lists what the host waited for, `largest` is the size in bytes of the largest tensor,
+    and `refused` the number of tensors that there was no room for.
+    """
 
     def __init__(self, device, float64, room):
         super().__init__()
         self.device, self.float64, self.room = torch.device(device), float64, room
-        self.syncs, self.largest = [], 0
+        self.syncs, self.largest, self.refused = [], 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -98,6 +102,7 @@ class Emulation(TorchDispatchMode):
         size = value.untyped_storage().nbytes()
         self.largest = max(self.largest, size)
         if size > self.room:
+            self.refused += 1
             raise torch.OutOfMemoryError(f"emulated device out of memory: {size} bytes")
         index = self.device.index or 0
         return _There(value, torch.device(self.device.type, index))
@@ -136,6 +141,8 @@ class _Numbered(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.device:
             return func(*args, **(kwargs or {}))
+        if func is torch.Tensor.tolist and isinstance(args[0], _There):
+            return args[0].cpu().tolist()
         if func in _ITEMS and isinstance(args[0], _There):
             args = (args[0], _with_tensors(args[1]), *args[2:])
         return func(*map(self._numbered, args), **tree_map(self._numbered, kwargs or {}))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from skhead.linalg.devices import exact_device
+from skhead.linalg.devices import exact_device, is_out_of_memory
 
 __all__ = ["Bases", "orthonormal_bases", "rank_tolerance"]
 
@@ -15,8 +16,15 @@ __all__ = ["Bases", "orthonormal_bases", "rank_tolerance"]
 #: too many digits (its error grows with the square), and the matrix itself is decomposed.
 GRAM_CONDITION_LIMIT = 1e4
 
+#: Up to this ratio, a head of full rank is orthonormal once it was orthonormalised twice.
+_TWICE_CONDITION_LIMIT = 1e6
+#: How far above the tolerance a smallest singular value is to be that comes with an error of 1%.
+_MARGIN = 1.1
+
 #: Heads per float64 work block: large enough to keep the GEMM busy, small enough to stay in cache.
 _CHUNK = 8
+#: Bytes of a work block off the CPU, where small products leave most of the device idle.
+_DEVICE_BLOCK_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -74,12 +82,15 @@ def orthonormal_bases(
     rank: int | float | None = None,
     eps: float | torch.Tensor | None = None,
     overwrite: bool = False,
+    shrink: Callable[[int, str], int] | None = None,
 ) -> Bases:
     """Orthonormal bases of the column spaces of many matrices at once.
 
     The float64 Gram matrix of each head is factored and multiplied back, which is cheaper than a
-    float32 SVD and exact to float32 rounding while the condition number stays below 1e4; heads
-    beyond that go through a float64 SVD of the matrix itself.
+    float32 SVD and exact to float32 rounding while the condition number stays below 1e4. A head of
+    full rank is orthonormalised twice up to about 5e5; all others beyond go through a float64 SVD of the
+    matrix itself. On a GPU, larger blocks of heads are worked on, and the host waits once for each
+    to learn which of its heads need more than the Cholesky factor.
 
     Parameters
     ----------
@@ -92,6 +103,10 @@ def orthonormal_bases(
         Relative spacing of the format the entries were stored in; that of `stack` by default.
     overwrite : bool, default=False
         Put the bases into the memory of `stack` where they fit.
+    shrink : callable, optional
+        Asked for a smaller number of heads in a block when the device's memory does not hold the
+        work on so many; told that number and what the device said. By default the device's error
+        is raised.
 
     Returns
     -------
@@ -99,7 +114,6 @@ def orthonormal_bases(
         `vectors` has the dtype (at least float32) and the device of `stack`.
     """
     n_heads, d_model, d_head = stack.shape
-    spacing = torch.finfo(stack.dtype).eps if eps is None else eps
     out_dtype = torch.promote_types(stack.dtype, torch.float32)
     width = min(d_model, d_head)
     work_device = exact_device(stack.device)
@@ -107,23 +121,58 @@ def orthonormal_bases(
         vectors = stack
     else:
         vectors = torch.empty(n_heads, d_model, width, dtype=out_dtype, device=stack.device)
+    spacing = torch.finfo(stack.dtype).eps if eps is None else eps
     spacings = torch.as_tensor(spacing, dtype=torch.float64, device=work_device).expand(n_heads)
     kept = torch.empty(n_heads, dtype=torch.int64, device=work_device)
     measured = torch.empty_like(kept)
-    buffers = torch.empty(
-        2, min(_CHUNK, n_heads), d_model * d_head, dtype=torch.float64, device=work_device
-    )
-    for start in range(0, n_heads, _CHUNK):
-        rows = slice(start, min(start + _CHUNK, n_heads))
-        count = rows.stop - start
-        block = buffers[0, :count].view(count, d_model, d_head).copy_(stack[rows])
-        mix, kept[rows], measured[rows] = _orthonormaliser(block, rank, spacings[rows])
-        out = buffers[1, :count].view(-1)[: count * d_model * width].view(count, d_model, width)
-        vectors[rows] = torch.bmm(block, mix, out=out)
+    size = min(_block_size(work_device, d_model, d_head), max(n_heads, 1))
+    start, buffers = 0, None
+    while start < n_heads:
+        rows = slice(start, min(start + size, n_heads))
+        try:
+            if buffers is None:
+                entries = 2, size, d_model * d_head
+                buffers = torch.empty(entries, dtype=torch.float64, device=work_device)
+            kept[rows], measured[rows] = _fill_block(
+                stack[rows], vectors[rows], rank, spacings[rows], buffers
+            )
+            start = rows.stop
+            continue
+        except RuntimeError as error:
+            if shrink is None or not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+        # A block that failed has not touched `vectors`, which may be the memory of `stack`.
+        buffers = None
+        size = shrink(size, reason)
     max_rank = max(int(kept.max()), 1) if n_heads else width
     if max_rank < width:
         vectors = vectors[:, :, :max_rank].contiguous()
     return Bases(vectors, kept, measured)
+
+
+def _block_size(device: torch.device, d_model: int, d_head: int) -> int:
+    """Heads per float64 work block."""
+    if device.type == "cpu":
+        return _CHUNK
+    return max(_DEVICE_BLOCK_BYTES // (8 * d_model * d_head), _CHUNK)
+
+
+def _fill_block(
+    stack: torch.Tensor,
+    out: torch.Tensor,
+    rank: int | float | None,
+    eps: torch.Tensor,
+    buffers: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put the bases of a block of heads into `out`; their kept and numerical ranks."""
+    count, d_model, d_head = stack.shape
+    block = buffers[0, :count].view(count, d_model, d_head).copy_(stack)
+    mix, kept, numerical = _orthonormaliser(block, rank, eps)
+    shape = count, d_model, mix.shape[2]
+    bases = buffers[1].flatten()[: math.prod(shape)].view(shape)
+    out.copy_(torch.bmm(block, mix, out=bases))
+    return kept, numerical
 
 
 def _orthonormaliser(
@@ -138,32 +187,49 @@ def _orthonormaliser(
     gram = block.mT @ block
     norms = gram.diagonal(dim1=1, dim2=2).sum(-1).sqrt()
     tolerance = rank_tolerance(norms, d_model, d_head, eps)
-    mix, plain = _inverse_roots(gram, torch.maximum(tolerance, norms / GRAM_CONDITION_LIMIT))
     if rank is not None:
-        plain = torch.zeros_like(plain)
+        return _by_spectrum(block, gram, tolerance, rank)
+    mix, smallest = _inverse_roots(gram)
+    plain = smallest > torch.maximum(tolerance, norms / GRAM_CONDITION_LIMIT)
+    again = smallest > torch.maximum(_MARGIN * tolerance, norms / _TWICE_CONDITION_LIMIT)
+    done, again = torch.stack([plain, again & ~plain]).cpu()
     kept = torch.full((n_heads,), d_head, dtype=torch.int64, device=block.device)
-    if plain.all():
+    if done.all():
         return mix, kept, kept
-    numerical, rest = kept.clone(), ~plain
+    if again.any():
+        places = again.nonzero().squeeze(1).to(block.device)
+        mix[places], good = _twice(block[places], mix[places])
+        done[again] = good.cpu()
+    numerical = kept.clone()
     mix = mix[:, :, : min(d_model, d_head)]
-    mix[rest], kept[rest], numerical[rest] = _by_spectrum(
-        block[rest], gram[rest], tolerance[rest], rank
-    )
+    if not done.all():
+        rest = (~done).nonzero().squeeze(1).to(block.device)
+        mix[rest], kept[rest], numerical[rest] = _by_spectrum(
+            block[rest], gram[rest], tolerance[rest], rank
+        )
     return mix, kept, numerical
 
 
-def _inverse_roots(gram: torch.Tensor, smallest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Upper triangular A with ``A^T gram A = 1``, and for which heads this is safe.
+def _twice(block: torch.Tensor, roots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Orthonormalise what is nearly orthonormal once more; the product of both, and if it holds."""
+    nearly = block @ roots
+    second, smallest = _inverse_roots(nearly.mT @ nearly)
+    # Of d_head orthonormal columns, 1 / ||A||_F is d_head^-1/2.
+    return roots @ second, smallest * block.shape[2] ** 0.5 > 0.5
 
-    ``1 / ||A||_F`` is a lower bound of the smallest singular value of the head, which must exceed
-    `smallest`. Where it does not, A is the identity.
+
+def _inverse_roots(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Upper triangular A with ``A^T gram A = 1``, and ``1 / ||A||_F``.
+
+    This is a lower bound of the smallest singular value of the head, and 0 where there is no
+    Cholesky factor; there, A is the identity.
     """
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
     lower, failed = torch.linalg.cholesky_ex(gram)
     lower = torch.where((failed == 0)[:, None, None], lower, identity)
     roots = torch.linalg.solve_triangular(lower.mT, identity, upper=True)
     bound = 1 / torch.linalg.vector_norm(roots, dim=(1, 2))
-    return roots, (failed == 0) & (bound > smallest)
+    return roots, torch.where(failed == 0, bound, 0.0)
 
 
 def _by_spectrum(

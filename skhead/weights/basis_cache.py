@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
+from skhead._devices import halved, reason_if_full
 from skhead.exceptions import CheckpointError, DegenerateHeadError, MemoryBudgetError
 from skhead.linalg.bases import orthonormal_bases
 from skhead.weights.basis_store import FORMAT, BasisFile, BasisStack, BasisStore, BasisWriter
@@ -177,12 +178,20 @@ def _describe(job: LayerJob, request: BasisRequest) -> dict[str, Any]:
 
 def _write_layer(writer: BasisWriter, job: LayerJob, request: BasisRequest) -> None:
     count = job.layer.count(request.processing.role)
-    width = min(_group_size(job, request), count)
-    for start in range(0, count, width):
+    start, width = 0, min(_group_size(job, request), count)
+    while start < count:
         numbers = list(range(start, min(start + width, count)))
-        for number, basis in _bases_of(numbers, job, request):
-            writer.add(number, basis)
-        job.checkpoint.reader.release()
+        try:
+            bases = _bases_of(numbers, job, request)
+        except RuntimeError as error:
+            reason = reason_if_full(error)
+        else:
+            for number, basis in bases:
+                writer.add(number, basis)
+            start += len(numbers)
+            job.checkpoint.reader.release()
+            continue
+        width = halved(len(numbers), reason, request.caller, "group of {} heads")
 
 
 def _group_size(job: LayerJob, request: BasisRequest) -> int:

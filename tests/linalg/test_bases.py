@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from emulation import emulated
 
 from skhead.linalg.bases import orthonormal_bases, rank_tolerance
 
@@ -136,3 +137,56 @@ def test_overwriting_saves_the_memory_and_changes_no_number():
     found = orthonormal_bases(stack, overwrite=True).vectors
     assert torch.equal(found, expected)
     assert found.data_ptr() == stack.data_ptr()
+
+
+@pytest.mark.parametrize("condition", [3e4, 1e5, 4e5])
+def test_a_head_of_full_rank_is_not_decomposed_where_two_rounds_do(condition, monkeypatch):
+    """Orthonormal twice over, from Cholesky factors, which GPUs do in large batches."""
+    stacks = [with_spectrum(np.geomspace(1, 1 / condition, 24), 200, seed) for seed in range(5)]
+    stack = torch.cat([*stacks, torch.randn(3, 200, 24, generator=torch.Generator())]).double()
+    expected = [reference_projector(matrix, 24) for matrix in stack]
+
+    def decompose(*_arguments, **_options):
+        raise AssertionError("a head was decomposed")
+
+    monkeypatch.setattr(torch.linalg, "eigh", decompose)
+    monkeypatch.setattr(torch.linalg, "svd", decompose)
+    found = orthonormal_bases(stack).vectors
+    identity = torch.eye(24, dtype=torch.float64).expand(8, 24, 24)
+    torch.testing.assert_close(found.mT @ found, identity, rtol=0, atol=1e-9)
+    for vectors, projection in zip(found, expected, strict=True):
+        assert float((vectors @ vectors.T - projection).norm()) < 1e-9
+
+
+@pytest.mark.parametrize("n_heads", [1, 40])
+def test_a_gpu_is_waited_for_once_for_all_heads(n_heads):
+    stack = torch.randn(n_heads, 60, 8, generator=torch.Generator().manual_seed(0))
+    with emulated("cuda") as gpu:
+        there = stack.to("cuda")
+        found = orthonormal_bases(there)
+        assert gpu.syncs == ["to the host", "aten._local_scalar_dense.default"]
+        vectors = found.vectors.cpu()
+    torch.testing.assert_close(vectors, orthonormal_bases(stack).vectors)
+
+
+def test_only_the_heads_that_need_it_are_decomposed_on_a_gpu(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    stack = torch.randn(30, 60, 8, generator=generator)
+    stack[7, :, 0] = stack[7, :, 1]
+    stack[9] = 0.0
+    stack[20:21] = with_spectrum(np.geomspace(1, 1e-5, 8), 60)
+    expected = orthonormal_bases(stack)
+    real, decomposed = torch.linalg.eigh, []
+
+    def eigh(gram):
+        decomposed.append(len(gram))
+        return real(gram)
+
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    with emulated("cuda") as gpu:
+        found = orthonormal_bases(stack.to("cuda"))
+        vectors, ranks = found.vectors.cpu(), found.ranks.cpu()
+    assert decomposed == [2]
+    assert len(gpu.syncs) < 12
+    assert torch.equal(ranks, expected.ranks)
+    torch.testing.assert_close(projector(vectors), projector(expected.vectors), atol=1e-6, rtol=0)
