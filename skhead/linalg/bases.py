@@ -88,9 +88,9 @@ def orthonormal_bases(
 
     The float64 Gram matrix of each head is factored and multiplied back, which is cheaper than a
     float32 SVD and exact to float32 rounding while the condition number stays below 1e4. A head of
-    full rank is orthonormalised twice up to about 5e5; all others beyond go through a float64 SVD of the
-    matrix itself. On a GPU, larger blocks of heads are worked on, and the host waits once for each
-    to learn which of its heads need more than the Cholesky factor.
+    full rank is orthonormalised twice up to about 5e5; all others beyond go through a float64 SVD
+    of the matrix itself. On a GPU, larger blocks of heads are worked on, and the host waits once
+    for each to learn which of its heads need more than the Cholesky factor.
 
     Parameters
     ----------
@@ -125,30 +125,46 @@ def orthonormal_bases(
     spacings = torch.as_tensor(spacing, dtype=torch.float64, device=work_device).expand(n_heads)
     kept = torch.empty(n_heads, dtype=torch.int64, device=work_device)
     measured = torch.empty_like(kept)
-    size = min(_block_size(work_device, d_model, d_head), max(n_heads, 1))
-    start, buffers = 0, None
-    while start < n_heads:
-        rows = slice(start, min(start + size, n_heads))
-        try:
-            if buffers is None:
-                entries = 2, size, d_model * d_head
-                buffers = torch.empty(entries, dtype=torch.float64, device=work_device)
-            kept[rows], measured[rows] = _fill_block(
-                stack[rows], vectors[rows], rank, spacings[rows], buffers
-            )
-            start = rows.stop
-            continue
-        except RuntimeError as error:
-            if shrink is None or not is_out_of_memory(error):
-                raise
-            reason = str(error).splitlines()[0]
-        # A block that failed has not touched `vectors`, which may be the memory of `stack`.
-        buffers = None
-        size = shrink(size, reason)
+
+    def work(rows: slice, buffers: torch.Tensor) -> None:
+        kept[rows], measured[rows] = _fill_block(
+            stack[rows], vectors[rows], rank, spacings[rows], buffers
+        )
+
+    def scratch(size: int) -> torch.Tensor:
+        entries = 2, size, d_model * d_head
+        return torch.empty(entries, dtype=torch.float64, device=work_device)
+
+    _in_blocks(n_heads, _block_size(work_device, d_model, d_head), scratch, work, shrink)
     max_rank = max(int(kept.max()), 1) if n_heads else width
     if max_rank < width:
         vectors = vectors[:, :, :max_rank].contiguous()
     return Bases(vectors, kept, measured)
+
+
+def _in_blocks(
+    n_heads: int,
+    size: int,
+    scratch: Callable[[int], torch.Tensor],
+    work: Callable[[slice, torch.Tensor], None],
+    shrink: Callable[[int, str], int] | None,
+) -> None:
+    """Work on blocks of heads, on smaller ones from where a device has no memory for more."""
+    start, size, buffers = 0, min(size, max(n_heads, 1)), None
+    while start < n_heads:
+        try:
+            if buffers is None:
+                buffers = scratch(size)
+            work(slice(start, min(start + size, n_heads)), buffers)
+        except RuntimeError as error:
+            if shrink is None or not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+        else:
+            start += size
+            continue
+        buffers = None
+        size = shrink(size, reason)
 
 
 def _block_size(device: torch.device, d_model: int, d_head: int) -> int:
@@ -165,7 +181,11 @@ def _fill_block(
     eps: torch.Tensor,
     buffers: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Put the bases of a block of heads into `out`; their kept and numerical ranks."""
+    """Put the bases of a block of heads into `out`; their kept and numerical ranks.
+
+    `out`, which may be the memory of `stack`, is written last of all, so that a block of which the
+    device has no memory for something can be taken again.
+    """
     count, d_model, d_head = stack.shape
     block = buffers[0, :count].view(count, d_model, d_head).copy_(stack)
     mix, kept, numerical = _orthonormaliser(block, rank, eps)
