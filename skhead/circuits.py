@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from skhead._base import (
 from skhead._circuits.models import ScoredHeads, missing_in_stack, score_model, score_stack
 from skhead._circuits.scores import GROUPS, identity_parts
 from skhead._circuits.surroundings import ModelReader, Reading
-from skhead._devices import check_device, resolve_device
+from skhead._devices import check_device, resolve_device, with_less_memory
 from skhead.exceptions import CheckpointError, DegenerateHeadError, HeadShapeError
 from skhead.weights import HEAD_COLUMNS, check_heads, head_labels
 
@@ -31,6 +32,8 @@ __all__ = ["CircuitScorer", "identity_scores"]
 
 #: Heads per float64 work block.
 _CHUNK = 64
+#: Bytes below which less memory does not help: token tables take more.
+_SMALLEST_BUDGET = 2**24
 _EVERY = tuple(name for group in GROUPS.values() for name in group)
 
 
@@ -380,8 +383,11 @@ class CircuitScorer(HeadEstimator):
         name = type(self).__name__
         if part.stacks is not None:
             return score_stack(part, self.scores_, self.device, name)
-        return score_model(
-            part.heads, self.scores_, self._reading(), parse_bytes(self.max_memory, name), name
+        return with_less_memory(
+            partial(score_model, part.heads, self.scores_, self._reading(), caller=name),
+            parse_bytes(self.max_memory, name),
+            name,
+            smallest=_SMALLEST_BUDGET,
         )
 
     def _reading(self) -> Reading:

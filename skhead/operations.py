@@ -15,7 +15,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from skhead._base import HeadEstimator, check_option, open_door, parse_bytes
 from skhead._checks import check_count, check_number
-from skhead._devices import check_device, resolve_device
+from skhead._devices import check_device, resolve_device, with_less_memory
 from skhead._inputs import Processing, SourceHeads, of_sources
 from skhead._operations.pairs import token_pairs
 from skhead._operations.scoring import OperationRanks, Reading, rank_operations
@@ -50,6 +50,8 @@ _PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 _OUTPUTS = ("score", "lift", "log10_p", "mrr", "auc")
 _COPYING = "copying"
+#: Bytes below which less memory does not help: token tables take more.
+_SMALLEST_BUDGET = 2**24
 
 
 class OperationMapper(HeadEstimator):
@@ -402,21 +404,30 @@ class OperationMapper(HeadEstimator):
 
     def _rank(self, models: list[SourceHeads]) -> list[OperationRanks]:
         """Ranks of all heads, by operation, in the order of the heads table."""
+        name = type(self).__name__
+
+        def attempt(budget: int) -> list[tuple[OperationRanks, ...]]:
+            reading = self._reading(budget)
+            return [tuple(rank_operations(model, self.token_ids_, reading)) for model in models]
+
+        budget = parse_bytes(self.max_memory, name)
+        parts = with_less_memory(attempt, budget, name, smallest=_SMALLEST_BUDGET)
+        rows = np.argsort(np.concatenate([model.rows for model in models]))
+        return [_joined(of_models, rows) for of_models in zip(*parts, strict=True)]
+
+    def _reading(self, max_memory: int) -> Reading:
         settings = self.settings_
         device = resolve_device(self.device, type(self).__name__, float64=True)
-        reading = Reading(
+        return Reading(
             Processing(settings["fold_norm"], settings["center"], device),
             settings["source_embedding"],
             self.missing_mlp,
             {name: self._k_of(name) for name in self.token_ids_},
             self.n_valid_tokens,
             self.tokenizer_size_,
-            parse_bytes(self.max_memory, type(self).__name__),
+            max_memory,
             type(self).__name__,
         )
-        parts = [rank_operations(model, self.token_ids_, reading) for model in models]
-        rows = np.argsort(np.concatenate([model.rows for model in models]))
-        return [_joined(of_models, rows) for of_models in zip(*parts, strict=True)]
 
     def _k_of(self, operation: str) -> tuple[int, ...]:
         ks: tuple[int, ...] = self.settings_["copying_k" if _COPYING in operation else "k"]

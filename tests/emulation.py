@@ -152,6 +152,35 @@ class _Numbered(TorchFunctionMode):
         return torch.device(self.kind, 0) if named else value
 
 
+class EmulatedLanes:
+    """Copies that are made as late as they may be: when the work needs them."""
+
+    def __init__(self, device):
+        self._device, self._queued = device, {}
+        self.log = []
+
+    def host_buffer(self, n_bytes):
+        return torch.empty(n_bytes, dtype=torch.uint8)
+
+    def device_buffer(self, n_bytes):
+        return torch.empty(n_bytes, dtype=torch.uint8, device=self._device)
+
+    def wait_until_sent(self, slot):
+        self.log.append(("wait", slot))
+
+    def send(self, slot, host, device):
+        self.log.append(("send", slot))
+        self._queued[slot] = (host, device)
+
+    def receive(self, slot):
+        self.log.append(("receive", slot))
+        host, device = self._queued.pop(slot)
+        device.copy_(host)
+
+    def let_go(self, slot):
+        self.log.append(("let go", slot))
+
+
 def _with_tensors(index):
     if isinstance(index, tuple):
         return tuple(map(_with_tensors, index))
@@ -174,6 +203,7 @@ def emulated(device="cuda:0", *, room=float("inf")):
         mock.patch("torch.cuda.is_available", return_value=kind == "cuda"),
         mock.patch("torch.cuda.device_count", return_value=int(kind == "cuda")),
         mock.patch("torch.cuda.empty_cache"),
+        mock.patch("skhead.weights.transfers.CudaLanes", EmulatedLanes),
         mock.patch("torch.cuda._lazy_init"),
         mock.patch("torch.backends.mps.is_available", return_value=kind == "mps"),
         mock.patch.object(torch.Tensor, "numpy", _numpy),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import warnings
 import weakref
@@ -217,3 +218,33 @@ def test_a_single_head_that_does_not_fit(heads, tmp_path):
 def test_halving_stops_at_the_smallest():
     with pytest.warns(UserWarning, match="with a tile of 3 heads .* with a tile of 2 heads"):
         assert halved(3, FULL, "Kernel", "tile of {} heads", smallest=2) == 2
+
+
+@pytest.mark.parametrize(
+    "module,function,estimator",
+    [
+        ("operations", "rank_operations", skhead.OperationMapper({"a": [(1, 2)]}, min_pairs=1)),
+        ("circuits", "score_model", skhead.CircuitScorer(errors="ignore")),
+    ],
+)
+def test_scores_of_models_try_again(module, function, estimator, monkeypatch):
+    heads = skhead.load_heads("skhead/induction-2l").iloc[:2]
+    estimator.set_params(device="cpu")
+    if module == "operations":
+        estimator.set_params(missing_mlp="raw")
+    expected = np.asarray(estimator.fit_transform(heads))
+    where = importlib.import_module(f"skhead.{module}")
+    real, asked = getattr(where, function), []
+
+    def full(*arguments, **options):
+        budget = arguments[-1] if isinstance(arguments[-1], int) else arguments[-1].max_memory
+        asked.append(budget)
+        if budget > 2**28:
+            raise torch.OutOfMemoryError(FULL)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(where, function, full)
+    with pytest.warns(UserWarning, match=f"{type(estimator).__name__}: the device is out"):
+        found = np.asarray(estimator.fit_transform(heads))
+    assert asked == [2**30, 2**29, 2**28]
+    np.testing.assert_array_equal(found, expected)

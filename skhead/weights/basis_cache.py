@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from skhead.exceptions import CheckpointError, DegenerateHeadError, MemoryBudget
 from skhead.linalg.bases import orthonormal_bases
 from skhead.weights.basis_store import FORMAT, BasisFile, BasisStack, BasisStore, BasisWriter
 from skhead.weights.readers import torch_dtype
-from skhead.weights.stacks import LayerJob, Processing, places_of, read_layer, role_jobs
+from skhead.weights.stacks import LayerJob, Processing, Route, places_of, read_layer, role_jobs
+from skhead.weights.transfers import Transfers, transfers_to
 
 __all__ = ["BasisRequest", "CachedBases", "cached_bases"]
 
@@ -69,6 +71,11 @@ class BasisRequest:
     device: torch.device
     max_memory: int
     caller: str
+
+    @cached_property
+    def transfers(self) -> Transfers | None:
+        """The way to the device, the same for all layers."""
+        return transfers_to(self.device)
 
 
 def cached_bases(
@@ -147,7 +154,7 @@ def _place(file: BasisFile, job: LayerJob, request: BasisRequest, number: int) -
     """Place of a head in the file; damaged heads are not in there."""
     if number not in file.numbers:
         shape = (1, job.plan.d_model, job.plan.d_head)
-        read_layer(job, request.processing, [number], torch.empty(shape))
+        read_layer(job, request.processing, [number], torch.empty(shape), Route())
     return file.numbers.index(number)
 
 
@@ -218,8 +225,10 @@ def _bases_of(
     """Bases of some heads of a layer, without those that are damaged."""
     shape = (len(numbers), job.plan.d_model, job.plan.d_head)
     stack = torch.empty(shape, dtype=torch.float32, device=request.device)
+    route = Route(request.transfers)
     try:
-        eps = read_layer(job, request.processing, numbers, stack)
+        eps = read_layer(job, request.processing, numbers, stack, route)
+        route.settle()
     except DegenerateHeadError:
         if len(numbers) == 1:
             return []

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from skhead.exceptions import CacheError, CheckpointError
 from skhead.linalg.stacks import StoredStack
 from skhead.weights.headers import read_header
+from skhead.weights.transfers import Transfers, transfers_to
 
 __all__ = ["FORMAT", "BasisFile", "BasisStack", "BasisStore", "BasisWriter"]
 
@@ -320,6 +321,7 @@ class BasisStack(StoredStack):
         self.shape = torch.Size((len(members), d_model, max_rank))
         self.device = device
         self.dtype = dtype
+        self._transfers: Transfers | None = None
 
     def take(self, heads: NDArray[np.int64]) -> BasisStack:
         """Return the stack of some of the bases; nothing is read."""
@@ -345,11 +347,25 @@ class BasisStack(StoredStack):
         CacheError
             If a file is gone, damaged, or holds other bases than when the stack was made.
         """
+        members = self.members[heads]
+
+        def fill(part: slice, target: torch.Tensor) -> None:
+            self._fill(members[part], rows, target.numpy())
+
+        if self._transfers is None:
+            self._transfers = transfers_to(out.device)
+        if self._transfers is not None and out.device.type != "cpu":
+            self._transfers.bring(torch.float32, fill, out)
+            return
         direct = out.device.type == "cpu" and out.dtype == torch.float32 and out.is_contiguous()
         target = out if direct else torch.empty(out.shape, dtype=torch.float32)
-        array = target.numpy()
+        fill(slice(None), target)
+        if target is not out:
+            out.copy_(target)
+
+    def _fill(self, members: NDArray[np.int64], rows: slice, panels: NDArray[np.float32]) -> None:
         first, stop, _ = rows.indices(self.shape[1])
-        chosen = zip(self.members[heads].tolist(), array, strict=True)
+        chosen = zip(members.tolist(), panels, strict=True)
         for number, heads_of_file in groupby(chosen, key=lambda item: item[0][0]):
             known = self.files[number]
             with _opened(known) as (file, layout):
@@ -357,8 +373,6 @@ class BasisStack(StoredStack):
                     rank = known.ranks[place]
                     file.seek(layout.starts[place] + 4 * first * rank)
                     _read_rows(file, panel[: stop - first], rank)
-        if target is not out:
-            out.copy_(target)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle addresses and checksums of the bases in use, which have no device of their own."""

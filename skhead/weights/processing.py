@@ -9,6 +9,7 @@ import torch
 from skhead.exceptions import CheckpointError, DegenerateHeadError, UnsupportedLayoutError
 from skhead.weights.layouts import LayerPlan, ModelPlan
 from skhead.weights.readers import TensorReader, torch_dtype
+from skhead.weights.transfers import Transfers, deliver
 
 __all__ = [
     "centre",
@@ -64,7 +65,12 @@ def warn_if_centring_changes_reading(plan: ModelPlan, label: str) -> None:
 
 
 def fold(
-    stack: torch.Tensor, role: str, layer: LayerPlan, plan: ModelPlan, reader: TensorReader
+    stack: torch.Tensor,
+    role: str,
+    layer: LayerPlan,
+    plan: ModelPlan,
+    reader: TensorReader,
+    transfers: Transfers | None = None,
 ) -> None:
     """Multiply the norm's gain into head matrices, in place.
 
@@ -80,6 +86,8 @@ def fold(
     layer : LayerPlan
     plan : ModelPlan
     reader : TensorReader
+    transfers : Transfers, optional
+        How the gain comes to the device of `stack`.
 
     Raises
     ------
@@ -103,9 +111,11 @@ def fold(
             f"{info.file}: tensor {name!r} has shape {info.shape}; a gain of this model has "
             f"({plan.d_model},)."
         )
-    gain = reader.tensor(name).to(device=stack.device, dtype=torch.float32)
-    if not bool(torch.isfinite(gain).all()):
+    stored = reader.tensor(name)
+    if not bool(torch.isfinite(stored).all()):
         raise DegenerateHeadError(f"{info.file}: tensor {name!r} holds NaN or infinite values.")
+    gain = torch.empty(stored.shape, dtype=torch.float32, device=stack.device)
+    deliver(stored, gain, transfers)
     stack.mul_((1.0 + gain if plan.norm.kind == "rmsnorm+1" else gain).unsqueeze(-1))
 
 

@@ -16,12 +16,14 @@ from skhead.weights.layouts import ROLES, LayerPlan, ModelPlan, cut_heads
 from skhead.weights.readers import TensorReader, torch_dtype
 from skhead.weights.sources import reopen, split_address
 from skhead.weights.table import check_heads
+from skhead.weights.transfers import Transfers, deliver, transfers_to
 
 __all__ = [
     "LayerJob",
     "MatrixKey",
     "Processing",
     "RoleStack",
+    "Route",
     "load_weights",
     "places_of",
     "read_layer",
@@ -134,14 +136,16 @@ def read_role(
     tensor = torch.empty(shape, dtype=torch.float32, device=device)
     eps = np.empty(len(keys), dtype=np.float64)
     filled: set[MatrixKey] = set()
+    route = Route.to(tensor.device)
     for job in jobs:
         fresh = [key for key in dict.fromkeys(job.keys) if key not in filled]
         if not fresh:
             continue
         first = keys[fresh[0]]
         places = slice(first, first + len(fresh))
-        eps[places] = read_layer(job, how, [key.number for key in fresh], tensor[places])
+        eps[places] = read_layer(job, how, [key.number for key in fresh], tensor[places], route)
         filled.update(fresh)
+    route.settle()
     return RoleStack(tensor, index, eps)
 
 
@@ -277,13 +281,62 @@ def _check_processing(job: LayerJob, how: Processing) -> None:
         processing.warn_if_centring_changes_reading(job.plan, job.source)
 
 
-def read_layer(job: LayerJob, how: Processing, numbers: list[int], out: torch.Tensor) -> float:
+class Route:
+    """How matrices come to a device, so that reading goes on while the device works.
+
+    Whether they hold only finite numbers is asked of a GPU once, by `settle`.
+
+    Parameters
+    ----------
+    transfers : Transfers or None
+        None copies and checks at once.
+    """
+
+    def __init__(self, transfers: Transfers | None = None) -> None:
+        self.transfers = transfers
+        self._unsettled: list[tuple[torch.Tensor, LayerJob, Processing, list[int]]] = []
+
+    @classmethod
+    def to(cls, device: torch.device) -> Route:
+        """The way to a device."""
+        return cls(transfers_to(device))
+
+    def check_finite(
+        self, stack: torch.Tensor, job: LayerJob, how: Processing, numbers: list[int]
+    ) -> None:
+        """Refuse NaN and infinite values, now or when it is settled."""
+        if self.transfers is None:
+            _check_finite(stack, job, how.role, numbers)
+        else:
+            self._unsettled.append((stack.sum(), job, how, numbers))
+
+    def settle(self) -> None:
+        """Refuse NaN and infinite values in what came before.
+
+        Raises
+        ------
+        DegenerateHeadError
+        """
+        waiting, self._unsettled = self._unsettled, []
+        if not waiting:
+            return
+        finite = torch.stack([total for total, *_ in waiting]).isfinite().cpu()
+        for (_, job, how, numbers), good in zip(waiting, finite.tolist(), strict=True):
+            if not good:
+                shape = len(numbers), job.plan.d_model, job.plan.d_head
+                read_layer(job, how, numbers, torch.empty(shape), Route())
+
+
+def read_layer(
+    job: LayerJob, how: Processing, numbers: list[int], out: torch.Tensor, route: Route
+) -> float:
     """Fill `out` with some matrices of a layer, and return their stored rounding error.
 
     Raises
     ------
     DegenerateHeadError
-        If one of them, or the norm's gain, holds NaN or infinite values.
+        If one of them, or the norm's gain, holds NaN or infinite values; on a GPU only when the
+        route is settled.
     """
     reader: TensorReader = job.checkpoint.reader
     slot = job.layer.slots[how.role]
@@ -292,18 +345,17 @@ def read_layer(job: LayerJob, how: Processing, numbers: list[int], out: torch.Te
     stored = reader.tensor(slot.tensor)
     heads = cut_heads(stored, slot, how.role, job.layer, job.plan.d_head)
     consecutive = numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-    out.copy_(heads[numbers[0] : numbers[-1] + 1] if consecutive else heads[numbers])
-    _check_finite(out, job, how.role, numbers, info.file)
+    chosen = heads[numbers[0] : numbers[-1] + 1] if consecutive else heads[numbers]
+    deliver(chosen, out, route.transfers)
+    route.check_finite(out, job, how, numbers)
     if how.fold_norm:
-        processing.fold(out, how.role, job.layer, job.plan, reader)
+        processing.fold(out, how.role, job.layer, job.plan, reader, route.transfers)
     if how.center:
         processing.centre(out)
     return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
 
 
-def _check_finite(
-    stack: torch.Tensor, job: LayerJob, role: str, numbers: list[int], file: str
-) -> None:
+def _check_finite(stack: torch.Tensor, job: LayerJob, role: str, numbers: list[int]) -> None:
     if bool(torch.isfinite(stack.sum())):
         return
     finite = torch.isfinite(stack).flatten(1).all(dim=1)
@@ -316,9 +368,10 @@ def _check_finite(
     shared = f" (key-value head {number})" if role in "KV" and per_group > 1 else ""
     n_nan = int(torch.isnan(stack[place]).sum())
     n_inf = int(torch.isinf(stack[place]).sum())
+    name = job.layer.slots[role].tensor
+    file = job.checkpoint.reader.info(name).file
     raise DegenerateHeadError(
-        f"{file}: L{job.layer.layer}H{head} W_{role}{shared}, in tensor "
-        f"{job.layer.slots[role].tensor!r}, holds {n_nan} NaN and {n_inf} infinite values. The "
-        "checkpoint is damaged, or its training diverged; leave the head out of the table or get "
-        "other weights."
+        f"{file}: L{job.layer.layer}H{head} W_{role}{shared}, in tensor {name!r}, "
+        f"holds {n_nan} NaN and {n_inf} infinite values. The checkpoint is damaged, or its "
+        "training diverged; leave the head out of the table or get other weights."
     )
