@@ -3,115 +3,32 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from emulation import emulated
+from placed import ANYWHERE, EXACT, HEADS, numbers
 from toys import toy_heads
 
 import skhead
 from skhead._devices import check_device, resolve_device
-from skhead.induction import induction_pairs
 from skhead.linalg.devices import exact_device, is_out_of_memory, put, supports_float64
-from skhead.paths import virtual_heads
-from skhead.stream import erasures, stream_usage
-from skhead.trigrams import skip_trigrams
-
-HEADS = skhead.load_heads("skhead/induction-2l")
-OPERATIONS = {"shift": [(2 * i, 2 * i + 1) for i in range(10)]}
-
-
-def _contrast(device, **options):
-    rng = np.random.default_rng(0)
-    q, k, other = rng.standard_normal((3, 60, 6))
-    model = skhead.ContrastiveQKDecomposer(device=device, **options)
-    return np.asarray(model.fit_pairs(q, k, q, other).cross_gram_)
-
-
-def _null(name):
-    def log10_p(device):
-        similarity = skhead.ProjectionKernel(device=device).fit_transform(HEADS)
-        return skhead.NullCalibrator(null=name).fit_transform(similarity).calibration.log10_p
-
-    return log10_p
-
-
-def _kernel(kernel):
-    return lambda device: kernel(device=device).fit_transform(HEADS).values
-
-
-#: What runs wherever float32 matrix products do; float64 is taken to the CPU where it must.
-ANYWHERE = {
-    "extraction": lambda device: (
-        skhead.SubspaceExtractor(device=device).fit_transform(HEADS).numpy("O")
-    ),
-    "truncated": lambda device: (
-        skhead.SubspaceExtractor(device=device, rank=0.9, fold_norm=True, center=True)
-        .fit_transform(HEADS)
-        .numpy("K")
-    ),
-    "projection": _kernel(skhead.ProjectionKernel),
-    "composition": _kernel(skhead.CompositionScore),
-    "grassmann": _kernel(skhead.GrassmannDistance),
-    "geodesic": lambda device: (
-        skhead.GrassmannDistance(metric="geodesic", device=device).fit_transform(HEADS).values
-    ),
-    "procrustes": _kernel(skhead.ProcrustesSimilarity),
-    "cka": _kernel(skhead.LinearCKA),
-    "spectrum": _kernel(skhead.SpectrumSimilarity),
-    "anisotropic": _null("anisotropic"),
-    "signflip": _null("signflip"),
-    "contrast": lambda device: _contrast(device, rank=2),
-    "whitened": lambda device: _contrast(device, rank=2, whiten="qk"),
-    "permuted": lambda device: _contrast(device, rank="null", n_permutations=99),
-}
-
-#: What needs float64 where the weights are.
-EXACT = {
-    "CircuitScorer": lambda device: skhead.CircuitScorer(
-        device=device, errors="ignore"
-    ).fit_transform(HEADS),
-    "identity_scores": lambda device: skhead.identity_scores(HEADS, device=device),
-    "SubspaceReadout": lambda device: (
-        skhead.SubspaceReadout(device=device).fit(HEADS).transform(HEADS)
-    ),
-    "SalientOperations": lambda device: (
-        skhead.SalientOperations(device=device, source_embedding="raw")
-        .fit(HEADS)
-        .mappings(HEADS)
-        .table
-    ),
-    "OperationMapper": lambda device: skhead.OperationMapper(
-        OPERATIONS, min_pairs=1, missing_mlp="raw", device=device
-    ).fit_transform(HEADS),
-    "virtual_heads": lambda device: virtual_heads(HEADS, device=device).table,
-    "stream_usage": lambda device: stream_usage(HEADS, device=device),
-    "erasures": lambda device: erasures(HEADS, device=device),
-    "induction_pairs": lambda device: induction_pairs(HEADS, device=device),
-    "skip_trigrams": lambda device: skip_trigrams(HEADS, device=device),
-}
-
-
-def _numbers(found):
-    table = found.select_dtypes("number") if isinstance(found, pd.DataFrame) else found
-    return np.asarray(table, dtype=np.float64)
 
 
 @pytest.mark.parametrize("name", [*ANYWHERE, *EXACT])
-def test_a_gpu_is_the_default_and_gives_the_same_numbers(name):
+def test_a_gpu_is_the_default_and_gives_the_samenumbers(name):
     compute = (ANYWHERE | EXACT)[name]
-    expected = _numbers(compute("cpu"))
+    expected = numbers(compute("cpu"))
     with emulated("cuda:0") as gpu:
-        found = _numbers(compute(None))
+        found = numbers(compute(None))
     assert gpu.largest > 0
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-3 if "sign" in name else 1e-5)
 
 
 @pytest.mark.parametrize("name", ANYWHERE)
-def test_a_device_without_float64_gives_the_same_numbers(name):
-    expected = _numbers(ANYWHERE[name]("cpu"))
+def test_a_device_without_float64_gives_the_samenumbers(name):
+    expected = numbers(ANYWHERE[name]("cpu"))
     with emulated("mps") as gpu:
-        found = _numbers(ANYWHERE[name]("mps"))
+        found = numbers(ANYWHERE[name]("mps"))
     assert gpu.largest > 0
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=2e-3 if "sign" in name else 1e-4)
 
