@@ -9,6 +9,8 @@ from typing import Any
 
 import pandas as pd
 
+from skhead._html import SHOWN, Listing, ShowsSummary, Summary
+
 __all__ = ["DIRECTIONS", "SalientMappings"]
 
 _VERBS = {"promote": "raises", "suppress": "lowers"}
@@ -32,7 +34,7 @@ done with them, in at most fifteen words)."""
 
 
 @dataclass(frozen=True)
-class SalientMappings:
+class SalientMappings(ShowsSummary):
     """The strongest mappings of heads, as a table, a text, JSON, or questions to a language model.
 
     Attributes
@@ -113,6 +115,22 @@ class SalientMappings:
                 entry["prompt"] = self._prompt(rows)
             heads.append(entry)
         return json.dumps({"direction": self.direction, "heads": heads}, ensure_ascii=False)
+
+    def _summary(self) -> Summary:
+        facts = {
+            "heads": f"{self.table['head'].nunique():,}",
+            "direction": self.direction,
+            "mappings": f"{len(self.table):,}",
+            "texts": "yes" if "text" in self.table else "no, as no vocabulary was given",
+        }
+        first = self.table[(self.table["target_rank"] == 1) & (self.table["rank"] == 1)]
+        return Summary(facts, [Listing("first target of the first token", first.head(SHOWN))])
+
+    def __repr__(self) -> str:
+        return (
+            f"SalientMappings({self.table['head'].nunique()} heads, {len(self.table)} mappings, "
+            f"direction {self.direction})"
+        )
 
     def _heads(self) -> Iterator[tuple[str, pd.DataFrame]]:
         for head, rows in self.table.groupby("head", sort=False):

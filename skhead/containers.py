@@ -11,6 +11,7 @@ import pandas as pd
 from numpy.typing import DTypeLike, NDArray
 
 from skhead._frozen import Frozen, row_positions
+from skhead._html import Listing, ShowsSummary, Summary, models_of, processing
 from skhead.exceptions import HeadShapeError
 from skhead.linalg.topk import largest_entries
 from skhead.subspaces import RoleBases, Subspaces
@@ -26,6 +27,7 @@ __all__ = [
     "Subspaces",
     "feature_names",
     "head_codes",
+    "reference_law",
     "similarity_in",
 ]
 
@@ -65,6 +67,10 @@ class Calibration(Frozen):
     ratio: NDArray[np.float32]
     excess: NDArray[np.float32]
 
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.z.shape))
+        return f"Calibration({shape}, null {self.null}, side {self.side})"
+
     def take(self, rows: NDArray[np.int64]) -> Calibration:
         """The calibration of some of the rows."""
         parts = {name: getattr(self, name)[rows] for name in ("score", *CALIBRATED)}
@@ -73,6 +79,8 @@ class Calibration(Frozen):
 
 #: Units in which the strongest pairs have the smallest values.
 _SMALL_IS_STRONG = ("log10_p", "q", "distance")
+#: Pairs of each kind that a notebook lists.
+_SHOWN = 3
 _SUBSPACES = ("row_subspaces", "column_subspaces")
 
 #: Where a data frame keeps the similarity of which it is the features.
@@ -83,7 +91,7 @@ CALIBRATED = ("z", "log10_p", "q", "ratio", "excess")
 
 
 @dataclass(frozen=True, eq=False)
-class Similarity(Frozen):
+class Similarity(ShowsSummary, Frozen):
     """Similarities of heads (rows) to reference heads (columns), one layer of values per pair kind.
 
     A pair kind names the role of the row head and the role of the column head: ``"OQ"`` compares
@@ -371,6 +379,50 @@ class Similarity(Frozen):
 
         return SimilarityDisplay.from_similarity(self, pair=pair, ax=ax)
 
+    def _summary(self) -> Summary:
+        null, direction = "none", "large" if self.large_is_similar else "small"
+        if self.calibration is not None:
+            null = f"{self.calibration.null}, {self.calibration.side}-sided"
+        elif np.isfinite(self.null_mean).any():
+            null = "expectation between random subspaces"
+        facts = {
+            "heads": f"{len(self.rows):,} rows × {len(self.columns):,} columns",
+            "models": models_of(pd.concat([self.rows, self.columns]).drop_duplicates(_HEAD)),
+            "d_model": f"{self.d_model:,}",
+            "unit": f"{self.unit} ({direction} values are similar)",
+            "weights": processing(self.record),
+            "null": null,
+        }
+        kinds = [self._kind_facts(pair) for pair in self.pairs]
+        shown, caption = ["pair", "rank", "source", "target", "score"], "strongest pairs"
+        if self.calibration is not None:
+            shown += ["log10_p", "q"]
+            caption += ", scores before calibration"
+        return Summary(
+            facts,
+            [
+                Listing(f"pair kinds, each pair once, in {self.unit}", pd.DataFrame(kinds)),
+                Listing(caption, self.top_pairs(_SHOWN)[shown]),
+            ],
+        )
+
+    def _kind_facts(self, pair: str) -> dict[str, Any]:
+        values = self.listed(pair)
+        values = values[~np.isnan(values)]
+        mean, sd = reference_law(self, pair)
+        ends = (values.min(), values.max()) if values.size else (np.nan, np.nan)
+        middle = len(pair) // 2
+        return {
+            "pair": pair,
+            "of row": pair[:middle],
+            "of column": pair[middle:],
+            "defined": values.size,
+            "smallest": ends[0],
+            "largest": ends[1],
+            "random mean": mean,
+            "random sd": sd,
+        }
+
     def __repr__(self) -> str:
         return (
             f"Similarity({len(self.rows)} x {len(self.columns)} heads, "
@@ -402,6 +454,25 @@ def feature_names(pairs: Sequence[str], columns: pd.DataFrame) -> list[str]:
     """Names of 2-D features, such as ``"OQ:L4H7"``: pair kinds in turn, column heads in each."""
     labels = head_labels(columns)
     return [f"{pair}:{label}" for pair in pairs for label in labels]
+
+
+def reference_law(similarity: Similarity, pair: str) -> tuple[float, float]:
+    """Random mean and standard deviation of one pair kind, over its defined pairs.
+
+    Where ranks differ between heads the reference is a mixture: its variance is the mean of the
+    pairs' variances plus the variance of their means.
+    """
+    p = similarity.pairs.index(pair)
+    defined = ~np.isnan(similarity.listed(pair))
+    mean, sd = (
+        np.broadcast_to(values, similarity.values.shape)[:, :, p][defined]
+        for values in (similarity.null_mean, similarity.null_sd)
+    )
+    if mean.size == 0:
+        return float("nan"), float("nan")
+    if (mean == mean[0]).all() and (sd == sd[0]).all():
+        return float(mean[0]), float(sd[0])
+    return float(mean.mean()), float(np.sqrt(np.mean(sd**2) + np.var(mean)))
 
 
 def similarity_in(X: Any) -> Similarity | None:

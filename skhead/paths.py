@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from skhead._base import check_option, defined_pairs
 from skhead._checks import check_count, check_number
 from skhead._devices import check_device
+from skhead._html import SHOWN, Listing, ShowsSummary, Summary
 from skhead._inputs import (
     LayerReader,
     Processing,
@@ -39,7 +40,7 @@ _ZERO = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
-class VirtualHeads:
+class VirtualHeads(ShowsSummary):
     """Virtual heads: paths through several heads, each of which acts as one head.
 
     Along a path of heads the attention patterns multiply, and the OV maps multiply to ``W_V1 (W_O1
@@ -108,6 +109,15 @@ class VirtualHeads:
         """
         ends = self.ends[self.last]
         return np.stack([ends[:, 0], ends[:, 1], self.reads, ends[:, 2]], axis=1)
+
+    def _summary(self) -> Summary:
+        facts = {
+            "paths": f"{len(self):,}",
+            "heads on a path": f"{self.steps.shape[1]}",
+            "d_model": f"{self.reads.shape[1]:,}",
+            "d_head": f"{self.reads.shape[2]}",
+        }
+        return Summary(facts, [Listing("strongest paths", self.table.head(SHOWN))])
 
     def __repr__(self) -> str:
         return f"VirtualHeads({len(self)} paths of {self.steps.shape[1]} heads)"

@@ -12,6 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from skhead._checks import label_array
 from skhead._frozen import Frozen, row_positions
+from skhead._html import Listing, ShowsSummary, Summary, span
 from skhead.exceptions import HeadShapeError
 
 __all__ = ["QKPairs"]
@@ -20,7 +21,7 @@ _HINT = "; each brings its keys along"
 
 
 @dataclass(frozen=True, eq=False)
-class QKPairs(Frozen):
+class QKPairs(ShowsSummary, Frozen):
     """Queries of an attention head with the keys that they choose from, labelled by feature.
 
     A sample is a query, together with all keys of its context: ``len``, indexing, cross-validation
@@ -299,6 +300,28 @@ class QKPairs(Frozen):
         if copy is False:
             raise ValueError("QKPairs: as an array it is a copy of its queries")
         return np.array(self.queries, dtype=dtype)
+
+    def _summary(self) -> Summary:
+        n_keys = np.bincount(self.query_index, minlength=len(self))
+        facts = {
+            "head": self.head or "not named",
+            "queries": f"{len(self):,}",
+            "keys": f"{len(self.keys):,}, of a query {span(n_keys)}",
+            "d_head": f"{self.d_head}",
+            "scale": f"{self.scale:.4g}",
+            "number format": str(self.queries.dtype),
+            "groups": "none" if self.key_groups is None else "of every key and feature",
+        }
+        agreement = self.agreement
+        counts = pd.DataFrame(
+            {
+                "feature": self.features,
+                "positive": np.count_nonzero(agreement == 1, axis=0),
+                "negative": np.count_nonzero(agreement == 0, axis=0),
+                "not labelled": np.count_nonzero(np.isnan(agreement), axis=0),
+            }
+        )
+        return Summary(facts, [Listing("pairs of a query and a key", counts)])
 
     def __repr__(self) -> str:
         agreement = self.agreement

@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pandas as pd
 from numpy.typing import NDArray
 
 from skhead._checks import label_array
 from skhead._frozen import row_positions
+from skhead._html import SHOWN, Listing, ShowsSummary, Summary, span
 
 __all__ = ["QKPrompts"]
 
 
 @dataclass(frozen=True, eq=False)
-class QKPrompts:
+class QKPrompts(ShowsSummary):
     """Token sequences, each with the position of one query and those of its keys, labelled.
 
     Made by the prompt builders of ``skhead.datasets``, and taken by `collect_qk`, which turns them
@@ -157,6 +159,20 @@ class QKPrompts:
     def n_keys(self) -> int:
         """Number of keys of all prompts."""
         return sum(len(listed) for listed in self.key_positions)
+
+    def _summary(self) -> Summary:
+        first = min(len(self), SHOWN)
+        facts = {
+            "prompts": f"{len(self):,}",
+            "tokens of a prompt": span([len(prompt) for prompt in self.tokens]),
+            "keys": f"{self.n_keys:,}, of a prompt {span([len(at) for at in self.key_positions])}",
+            "features": ", ".join(self.features) or "not named",
+            "groups": "none" if self.key_groups is None else "of every key",
+        }
+        if self.texts is None:
+            return Summary(facts)
+        shown = pd.DataFrame({"prompt": range(first), "text": self.texts[:first]})
+        return Summary(facts, [Listing("first prompts", shown)])
 
     def __repr__(self) -> str:
         lengths = sorted({len(prompt) for prompt in self.tokens})

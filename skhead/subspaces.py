@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from skhead._frozen import Frozen, row_positions
+from skhead._html import Listing, ShowsSummary, Summary, models_of, processing, span
 from skhead.exceptions import HeadShapeError
 from skhead.linalg.stacks import Stack, dense
 
@@ -42,6 +43,11 @@ class RoleBases(Frozen):
         """`vectors` in memory, all of them."""
         return dense(self.vectors)
 
+    @property
+    def place(self) -> str:
+        """The device that holds the bases, or "cache" if they are read from there."""
+        return str(self.vectors.device) if isinstance(self.vectors, torch.Tensor) else "cache"
+
     def take(self, rows: NDArray[np.int64]) -> RoleBases:
         """Bases of some of the heads, without those that none of them uses."""
         used, index = np.unique(self.index[rows], return_inverse=True)
@@ -53,6 +59,12 @@ class RoleBases(Frozen):
             part = vectors.take(used)
         return RoleBases(part, self.ranks[used], index.astype(np.int64))
 
+    def __repr__(self) -> str:
+        return (
+            f"RoleBases({len(self.index)} heads, {len(self.ranks)} distinct bases, ranks "
+            f"{span(self.ranks)}, {self.place})"
+        )
+
     @staticmethod
     def _thaw(name: str, value: Any) -> Any:
         in_memory = name == "vectors" and isinstance(value, np.ndarray)
@@ -60,7 +72,7 @@ class RoleBases(Frozen):
 
 
 @dataclass(frozen=True, eq=False)
-class Subspaces(Frozen):
+class Subspaces(ShowsSummary, Frozen):
     """Orthonormal bases of the subspaces that heads read from and write to.
 
     Made by `SubspaceExtractor`; indexing selects heads.
@@ -172,13 +184,32 @@ class Subspaces(Frozen):
         basis = self.role(role)
         return basis.tensor.cpu().numpy()[basis.index]
 
+    def _summary(self) -> Summary:
+        layers = self.heads.loc[self.heads["layer"] >= 0, "layer"]
+        facts = {
+            "heads": f"{len(self):,}",
+            "models": models_of(self.heads),
+            "layers": span(layers),
+            "d_model": f"{self.d_model:,}",
+            "weights": processing(self.record),
+        }
+        roles = [
+            {
+                "role": role,
+                "bases": len(basis.ranks),
+                "rank": span(self.ranks(role)),
+                "number format": str(basis.vectors.dtype).removeprefix("torch."),
+                "kept": basis.place,
+            }
+            for role, basis in self.bases.items()
+        ]
+        return Summary(facts, [Listing("distinct bases by role", pd.DataFrame(roles))])
+
     def __repr__(self) -> str:
         ranks = np.concatenate([basis.ranks for basis in self.bases.values()])
         if not ranks.size:
             return f"Subspaces(0 heads, roles {' '.join(self.roles)}, d_model {self.d_model})"
-        low, high = int(ranks.min()), int(ranks.max())
-        span = f"{low}" if low == high else f"{low} to {high}"
         return (
             f"Subspaces({len(self)} heads, roles {' '.join(self.roles)}, "
-            f"d_model {self.d_model}, ranks {span})"
+            f"d_model {self.d_model}, ranks {span(ranks)})"
         )

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from skhead._frozen import Frozen
+from skhead._html import ShowsSummary, Summary
 from skhead.datasets import PayloadEmbeddings, PayloadHead, PayloadRetrieval
 from skhead.exceptions import HeadShapeError
 from skhead.linalg.interaction import cross_block_ratio, diagonal_share, interaction_matrix
@@ -17,7 +18,7 @@ __all__ = ["SuperpositionReport", "analyse_superposition", "true_logits"]
 
 
 @dataclass(frozen=True, eq=False)
-class SuperpositionReport(Frozen):
+class SuperpositionReport(ShowsSummary, Frozen):
     """How the latents of queries and keys meet in a head; from :func:`analyse_superposition`.
 
     Attributes
@@ -56,6 +57,17 @@ class SuperpositionReport(Frozen):
     def superposed(self) -> bool:
         """Whether there are more latents than dimensions."""
         return self.n_latents > self.d_head
+
+    def _summary(self) -> Summary:
+        return Summary(
+            {
+                "head": self.head,
+                "latents": f"{self.n_latents} in {self.d_head} dimensions",
+                "state": "superposed" if self.superposed else "not superposed",
+                "diagonal share": f"{self.diagonal_share:.3f} of the squared interaction",
+                "cross-block ratio": f"{self.cross_block_ratio:.3f}",
+            }
+        )
 
     def __repr__(self) -> str:
         state = "superposed" if self.superposed else "not superposed"

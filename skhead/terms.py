@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
+from skhead._html import SHOWN, Listing, ShowsSummary, Summary
 from skhead.exceptions import UnsupportedLayoutError
 from skhead.weights.running import attention_layers, evaluating, open_bridge, token_batches
 
@@ -28,7 +29,7 @@ Activations = dict[int, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class TermImportance:
+class TermImportance(ShowsSummary):
     """Losses in nats per predicted token, by the longest path through heads that is kept.
 
     Attributes
@@ -103,6 +104,28 @@ class TermImportance:
                 "effect": np.diff(losses, prepend=0.0),
             },
             index=pd.Index(names[: n_orders + 1], name="term"),
+        )
+
+    def _summary(self) -> Summary:
+        facts = {
+            "loss": f"{self.loss:.4f} nats per predicted token",
+            "predicted tokens": f"{self.n_predictions:,}",
+        }
+        terms = self.to_frame().reset_index().drop(columns="order")
+        listings = [Listing("loss up to each term, in nats", terms)]
+        if self.heads is not None:
+            largest = self.heads.sort_values(key=np.abs, ascending=False).head(SHOWN)
+            frame = pd.DataFrame({"head": largest.index, "change of the loss": largest.to_numpy()})
+            listings.append(Listing("heads of largest direct contribution, in nats", frame))
+        return Summary(facts, listings)
+
+    def __repr__(self) -> str:
+        terms = [
+            f"{name} {value:+.3f}" for name, value in self.to_frame()["effect"].iloc[1:].items()
+        ]
+        return (
+            f"TermImportance(loss {self.loss:.3f} nats over {self.n_predictions} tokens: uniform "
+            f"guess {self.uniform_loss:.3f}, {', '.join(terms)})"
         )
 
 

@@ -16,8 +16,7 @@ from skhead._report.chance import CONSTANT, FDR
 from skhead._report.data import Analysis, Cards, expected_of, scores_of
 from skhead._report.operations import operation_numbers
 from skhead.calibration import informativeness
-from skhead.containers import Similarity
-from skhead.inspection._distribution import reference_law
+from skhead.containers import Similarity, reference_law
 
 __all__ = ["QUANTILES", "kernel_numbers", "summarize"]
 

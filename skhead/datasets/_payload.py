@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from skhead._html import ShowsSummary, Summary
 from skhead.datasets._payload_latents import (
     PayloadEmbeddings,
     check_draw,
@@ -28,7 +29,7 @@ _SIZES = {"r1": 3, "r2": 5, "n_payloads": 10, "d_model": 32}
 
 
 @dataclass(frozen=True, eq=False)
-class PayloadRetrieval:
+class PayloadRetrieval(ShowsSummary):
     """Sequences of :func:`~skhead.datasets.make_payload_retrieval`, with all that made them.
 
     Attributes
@@ -73,6 +74,16 @@ class PayloadRetrieval:
 
     def __len__(self) -> int:
         return len(self.query)
+
+    def _summary(self) -> Summary:
+        return Summary(
+            {
+                "sequences": f"{len(self):,} of {self.context.shape[1]} context tokens",
+                "d_model": f"{self.embeddings.d_model}",
+                "latents": f"{self.embeddings.r1} + {self.embeddings.r2}, {self.latent}",
+                "payloads": f"{self.embeddings.n_payloads}",
+            }
+        )
 
     def __repr__(self) -> str:
         return (

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import softmax
 
+from skhead._html import Listing, ShowsSummary, Summary
 from skhead.datasets._payload_latents import EMBEDDINGS, PayloadEmbeddings
 from skhead.exceptions import HeadShapeError, SourceNotFoundError
 
@@ -22,7 +24,7 @@ WEIGHTS = ("W_Q", "W_K", "W_V", "W_out")
 
 
 @dataclass(frozen=True, eq=False)
-class PayloadHead:
+class PayloadHead(ShowsSummary):
     """Attention head that reads a query and its context, and names a payload.
 
     It has no biases, norms, positions or residual: attention is the softmax over the context of
@@ -97,6 +99,20 @@ class PayloadHead:
     def scale(self) -> float:
         """What dot products are multiplied with, ``1 / sqrt(d_head)``."""
         return float(self.d_head**-0.5)
+
+    def _summary(self) -> Summary:
+        shapes = pd.DataFrame(
+            [
+                {"weights": name, "shape": " × ".join(map(str, getattr(self, name).shape))}
+                for name in WEIGHTS
+            ]
+        )
+        facts = {
+            "name": self.name,
+            "d_head": f"{self.d_head}",
+            "latents": f"{self.embeddings.r1} + {self.embeddings.r2}",
+        }
+        return Summary(facts, [Listing("weights", shapes)])
 
     def __repr__(self) -> str:
         return (

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from skhead._html import ShowsSummary, Summary
 from skhead.exceptions import HeadShapeError
 
 EMBEDDINGS = ("A1", "A2", "B1", "B2", "payload")
@@ -17,7 +18,7 @@ _MOST_BITS = 62
 
 
 @dataclass(frozen=True, eq=False)
-class PayloadEmbeddings:
+class PayloadEmbeddings(ShowsSummary):
     """Directions that latents and payloads have in the residual stream.
 
     Parameters
@@ -157,6 +158,22 @@ class PayloadEmbeddings:
     def query_side(self) -> NDArray[np.floating]:
         """``[B1 B2]``, of shape (d_model, r1 + r2)."""
         return np.hstack([self.B1, self.B2])
+
+    def _summary(self) -> Summary:
+        return Summary(
+            {
+                "d_model": f"{self.d_model}",
+                "latents": f"{self.r1} + {self.r2}",
+                "payloads": f"{self.n_payloads}",
+                "number format": str(self.payload.dtype),
+            }
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"PayloadEmbeddings(d_model {self.d_model}, latents {self.r1} + {self.r2}, "
+            f"{self.n_payloads} payloads)"
+        )
 
     @property
     def key_side(self) -> NDArray[np.floating]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from skhead.containers import reference_law
 from skhead.exceptions import HeadShapeError
 
 if TYPE_CHECKING:
@@ -150,22 +151,3 @@ class DistributionDisplay:
         ax.set(xlabel=self.unit, ylabel="pairs of heads")
         ax.legend(title="dashed: random", frameon=False)
         return self
-
-
-def reference_law(similarity: Similarity, pair: str) -> tuple[float, float]:
-    """Random mean and standard deviation of one pair kind, over its defined pairs.
-
-    Where ranks differ between heads the reference is a mixture: its variance is the mean of the
-    pairs' variances plus the variance of their means.
-    """
-    p = similarity.pairs.index(pair)
-    defined = ~np.isnan(similarity.listed(pair))
-    mean, sd = (
-        np.broadcast_to(values, similarity.values.shape)[:, :, p][defined]
-        for values in (similarity.null_mean, similarity.null_sd)
-    )
-    if mean.size == 0:
-        return float("nan"), float("nan")
-    if (mean == mean[0]).all() and (sd == sd[0]).all():
-        return float(mean[0]), float(sd[0])
-    return float(mean.mean()), float(np.sqrt(np.mean(sd**2) + np.var(mean)))

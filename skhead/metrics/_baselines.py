@@ -16,6 +16,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from skhead._base import ANONYMOUS, ROLES, HeadInput, open_door
+from skhead._html import ShowsSummary, Summary
 from skhead.exceptions import DegenerateHeadError, HeadShapeError
 from skhead.linalg.factored import frobenius_norms
 from skhead.metrics._precision import macro_average_precision
@@ -155,7 +156,7 @@ class _RandomRanking(ClassifierMixin, BaseEstimator):
 
 
 @dataclass(frozen=True)
-class LayerPermutation:
+class LayerPermutation(ShowsSummary):
     """A cross-validated score, and what it is with labels exchanged within layers.
 
     Attributes
@@ -170,6 +171,22 @@ class LayerPermutation:
     score: float
     null_scores: NDArray[np.float64]
     p_value: float
+
+    def _summary(self) -> Summary:
+        null = self.null_scores
+        return Summary(
+            {
+                "score": f"{self.score:.4g}",
+                "p-value": f"{self.p_value:.4g}, of {len(null):,} permutations within layers",
+                "permuted labels": f"mean {null.mean():.4g}, largest {null.max():.4g}",
+            }
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"LayerPermutation(score {self.score:.4g}, p-value {self.p_value:.4g} of "
+            f"{len(self.null_scores)} permutations)"
+        )
 
 
 def layer_permutation_score(
