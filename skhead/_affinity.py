@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.base import TransformerMixin
 from sklearn.utils import Tags
 from sklearn.utils._set_output import _get_output_config
 from sklearn.utils.validation import check_is_fitted
 
 from skhead._base import check_option
+from skhead._callers import users_level
 from skhead._classes import Targets, open_targets
+from skhead._estimators import SkheadEstimator
+from skhead._progress import reports_fit
 from skhead.containers import Similarity, head_codes, similarity_in
 from skhead.exceptions import HeadShapeError, ProvenanceMismatchError
 from skhead.stats.affinity import AGGREGATES, affinity_weights, class_affinity
@@ -28,7 +31,7 @@ LEAST = 2
 _UNDEFINED_SHARE = 0.1
 
 
-class ClassAffinity(TransformerMixin, BaseEstimator):
+class ClassAffinity(TransformerMixin, SkheadEstimator):
     """How similar a head is to the training heads of each class, by each pair kind.
 
     `fit_transform` leaves every training head out of its own class, so that its affinities are
@@ -93,6 +96,7 @@ class ClassAffinity(TransformerMixin, BaseEstimator):
         self.none_label = none_label
         self.rare = rare
 
+    @reports_fit
     def fit(self, X: Similarity, y: Any) -> ClassAffinity:
         """Remember which reference heads belong to which class.
 
@@ -117,6 +121,7 @@ class ClassAffinity(TransformerMixin, BaseEstimator):
         self._fit(X, y, type(self).__name__)
         return self
 
+    @reports_fit
     def fit_transform(self, X: Similarity, y: Any) -> Any:
         """Affinities of the training heads, each left out of its own class.
 
@@ -226,7 +231,7 @@ class ClassAffinity(TransformerMixin, BaseEstimator):
                 "with later layers only: use layer_order='all', and pairs of one role (QQ, KK, VV, "
                 "OO)",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=users_level(),
             )
 
     def _warn_of_strangers(self, X: Similarity, name: str) -> None:
@@ -237,7 +242,7 @@ class ClassAffinity(TransformerMixin, BaseEstimator):
                 "of two models have nothing in common unless one was trained from the other; "
                 "across models, use features without a basis (CircuitScorer)",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=users_level(),
             )
 
     def _compared(self, given: Any, name: str) -> Similarity:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,11 +14,12 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.base import TransformerMixin
 from sklearn.utils import Tags
-from tqdm import tqdm
 
 from skhead._devices import default_device, halved, naming_full_device
+from skhead._estimators import SkheadEstimator
+from skhead._progress import progress_bar, progress_fraction
 from skhead.containers import RoleBases, Subspaces, head_codes
 from skhead.exceptions import DegenerateHeadError, HeadShapeError, ProvenanceMismatchError
 from skhead.linalg.bases import orthonormal_bases
@@ -44,7 +44,6 @@ __all__ = [
     "defined_pairs",
     "extract_subspaces",
     "parse_bytes",
-    "progress_bar",
     "rank_scale",
 ]
 
@@ -61,7 +60,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
 
 
-class HeadEstimator(TransformerMixin, BaseEstimator):
+class HeadEstimator(TransformerMixin, SkheadEstimator):
     """Base of estimators whose samples are attention heads."""
 
     d_model_: int
@@ -442,22 +441,3 @@ def parse_bytes(value: int | str, caller: str) -> int:
         f"{caller}: max_memory must be a positive number of bytes or a text such as '1GiB'; "
         f"got {value!r}"
     )
-
-
-def progress_bar(items: Sequence[Any], description: str, unit: str) -> Iterator[Any]:
-    """Iterate with a progress bar that shows itself only when the work takes over two seconds."""
-    yield from tqdm(items, desc=description, unit=unit, delay=2.0, leave=False, disable=None)
-
-
-@contextmanager
-def progress_fraction(description: str) -> Iterator[Callable[[float], None]]:
-    """A callback for the fraction done, shown as a bar when the work takes over two seconds."""
-    bar_format = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
-    with tqdm(
-        total=1.0, desc=description, delay=2.0, leave=False, disable=None, bar_format=bar_format
-    ) as bar:
-
-        def advance(fraction: float) -> None:
-            bar.update(fraction - bar.n)
-
-        yield advance

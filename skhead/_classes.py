@@ -14,6 +14,7 @@ from sklearn.utils import column_or_1d
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 
 from skhead._base import check_option
+from skhead._callers import users_level
 
 __all__ = ["RARE", "Targets", "open_targets"]
 
@@ -149,7 +150,7 @@ def _without(
     warnings.warn(
         f"{caller}: {listed} have fewer than {least} heads each, which count as {none_label!r}",
         UserWarning,
-        stacklevel=4,
+        stacklevel=users_level(),
     )
     orphans = members[:, small].any(axis=1)
     if none is None:

@@ -23,6 +23,7 @@ from joblib import Parallel, delayed, effective_n_jobs
 from joblib.parallel import get_active_backend
 from sklearn.base import clone
 
+from skhead._callers import users_level
 from skhead._compared import Measured
 from skhead._tiling import Factors, Tile, Tiling
 from skhead.exceptions import MemoryBudgetError
@@ -57,7 +58,7 @@ def workers_share(sides: Sequence[pd.DataFrame | None], n_jobs: int | None, call
             f"{caller}: n_jobs={n_jobs} has no effect on {held}, which only this process holds; "
             "pass the heads table of a model on disk or on the hub, which workers can read",
             UserWarning,
-            stacklevel=2,
+            stacklevel=users_level(),
         )
     return False
 
@@ -147,6 +148,8 @@ class _Task:
     @classmethod
     def of(cls, kernel: Any, tiling: Tiling, tile: Tile, number: int) -> _Task:
         own = clone(kernel).set_params(pairs=tile.pairs, max_memory=tile.max_memory, n_jobs=1)
+        if hasattr(own, "set_callbacks"):
+            own.set_callbacks()  # workers have nobody to tell
         same = tiling.columns is None and tile.rows is tile.columns
         columns = None if same else tiling.right.iloc[tile.columns]
         return cls(number, own, tiling.rows.iloc[tile.rows], columns)

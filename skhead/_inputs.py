@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from skhead._base import HeadInput, open_door
+from skhead._callers import users_level
 from skhead._devices import default_device
 from skhead.exceptions import DegenerateHeadError, HeadShapeError, UnsupportedLayoutError
 from skhead.linalg.vocabulary import row_products
@@ -223,7 +224,7 @@ def copying_form(
     except UnsupportedLayoutError as error:
         if errors == "raise":
             raise
-        warnings.warn(f"{error}. Copying scores are NaN.", UserWarning, stacklevel=5)
+        warnings.warn(f"{error}. Copying scores are NaN.", UserWarning, stacklevel=users_level())
         return None
     embedding, unembedding = ends
     return row_products(unembedding, embedding)

@@ -29,7 +29,6 @@ from skhead._base import (
     check_same_record,
     open_door,
     parse_bytes,
-    progress_fraction,
 )
 from skhead._compared import (
     Compared,
@@ -43,6 +42,7 @@ from skhead._compared import (
 )
 from skhead._devices import check_device, with_less_memory
 from skhead._distributed import measure_in_workers, workers_share
+from skhead._progress import progress_fraction, reports_fit
 from skhead._tiling import Factors
 from skhead.containers import Similarity, Subspaces, feature_names
 from skhead.exceptions import HeadShapeError
@@ -103,6 +103,7 @@ class PairwiseKernel(HeadEstimator):
         check_is_fitted(self)
         return np.asarray(feature_names(self.pairs_, self.reference_heads_), dtype=object)
 
+    @reports_fit
     def fit_transform(self, X: Any, y: Any = None) -> Any:
         """Fit on the heads and compare them with each other.
 
@@ -210,6 +211,7 @@ class SharedKernel(PairwiseKernel):
 class SubspaceKernel(SharedKernel):
     """What kernels of orthonormal bases share: the door, the fit and the form of the result."""
 
+    @reports_fit
     def fit(self, X: Any, y: Any = None) -> SubspaceKernel:
         """Keep the subspaces of the reference heads.
 
@@ -354,6 +356,7 @@ class MatrixKernel(SharedKernel):
     fold_norm: bool
     center: bool
 
+    @reports_fit
     def fit(self, X: Any, y: Any = None) -> MatrixKernel:
         """Remember the reference heads.
 

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from skhead._base import defined_pairs
+from skhead._callers import users_level
 from skhead.exceptions import MemoryBudgetError
 from skhead.linalg.kernels import Block, plan_overlaps
 
@@ -285,7 +286,7 @@ class Tiling:
                 f"that all workers together do {work:.1f} times the work of one process that "
                 "holds all heads; raise max_memory where workers have more",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=users_level(),
             )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.base import TransformerMixin
 from sklearn.utils import Tags, TransformerTags
 from sklearn.utils._set_output import _get_output_config
 from sklearn.utils.validation import (
@@ -21,6 +21,7 @@ from sklearn.utils.validation import (
 )
 
 from skhead._base import check_option, check_same_record
+from skhead._estimators import SkheadEstimator
 from skhead._nulls import (
     AnisotropicNull,
     CovarianceNull,
@@ -31,6 +32,7 @@ from skhead._nulls import (
     SignflipNull,
     plain_scores,
 )
+from skhead._progress import progress_of_calls, reports_fit
 from skhead.containers import Calibration, Similarity, feature_names, similarity_in
 from skhead.exceptions import HeadShapeError, ProvenanceMismatchError
 from skhead.stats import (
@@ -60,7 +62,7 @@ OUTPUTS = {
 _ROUNDING = 1e-3
 
 
-class NullCalibrator(TransformerMixin, BaseEstimator):
+class NullCalibrator(TransformerMixin, SkheadEstimator):
     """Similarities in units of a null law: deviation, p-value, false discovery rate, effect size.
 
     The law is learned from the training heads alone and applied to whatever is compared with them.
@@ -164,6 +166,7 @@ class NullCalibrator(TransformerMixin, BaseEstimator):
         self.d_model = d_model
         self.rank = rank
 
+    @reports_fit
     def fit(self, X: Any, y: Any = None) -> NullCalibrator:
         """Learn the null law from the training heads.
 
@@ -520,12 +523,12 @@ def head_permutation_test(
     chosen: dict[str, Any] = {"n_permutations": n_permutations, "random_state": random_state}
     if statistic == "average_precision":
         members = _members(similarity, classes, head_class, name)
-        result = label_permutation_test(
-            lambda positive: head_average_precision(values, positive), members, layers, **chosen
-        )
+        measure: Callable[[Any], Any] = partial(head_average_precision, values)
+        with progress_of_calls(measure, 1 + n_permutations, name) as counted:
+            result = label_permutation_test(counted, members, layers, **chosen)
     else:
         if statistic == "hub_degree":
-            measure: Callable[[Any], Any] = partial(top_degrees, k=k)
+            measure = partial(top_degrees, k=k)
         elif statistic == "in_class_nodes":
             members = _members(similarity, classes, head_class, name)
             measure = partial(in_class_nodes, in_class=members, k=k)
@@ -533,7 +536,8 @@ def head_permutation_test(
             rows, columns = _edge_positions(edges, labels, name)
             values = similarity.values[:, :, _only_pair(similarity, pair, name)]
             measure = partial(edge_mean, rows=rows, columns=columns)
-        result = permutation_test(measure, values, layers, layers, **chosen)
+        with progress_of_calls(measure, 1 + n_permutations, name) as counted:
+            result = permutation_test(counted, values, layers, layers, **chosen)
     columns_out = ("statistic", "p_value", "adjusted_p_value", "null_mean")
     table = {column: np.atleast_1d(getattr(result, column)) for column in columns_out}
     index = labels if statistic == "hub_degree" else [statistic]

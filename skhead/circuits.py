@@ -21,10 +21,12 @@ from skhead._base import (
     open_door,
     parse_bytes,
 )
+from skhead._callers import users_level
 from skhead._circuits.models import ScoredHeads, missing_in_stack, score_model, score_stack
 from skhead._circuits.scores import GROUPS, identity_parts
 from skhead._circuits.surroundings import ModelReader, Reading
 from skhead._devices import check_device, resolve_device, with_less_memory
+from skhead._progress import reports_fit
 from skhead.exceptions import CheckpointError, DegenerateHeadError, HeadShapeError
 from skhead.weights import HEAD_COLUMNS, check_heads, head_labels
 
@@ -191,6 +193,7 @@ class CircuitScorer(HeadEstimator):
         self.max_memory = max_memory
         self.device = device
 
+    @reports_fit
     def fit(self, X: Any, y: Any = None) -> CircuitScorer:
         """Check the heads and settle the columns; nothing is learned from weights.
 
@@ -238,6 +241,7 @@ class CircuitScorer(HeadEstimator):
         self._check_parameters()
         return self._transform(X, self._open(X))
 
+    @reports_fit
     def fit_transform(self, X: Any, y: Any = None) -> Any:
         """Fit and score the heads; see `fit` and `transform`.
 
@@ -416,7 +420,7 @@ class CircuitScorer(HeadEstimator):
         warnings.warn(
             f"{message} These columns are NaN; choose other scores, or errors='ignore'.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=users_level(),
         )
 
 

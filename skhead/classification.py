@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import expit, log_expit, logit, softmax
-from sklearn.base import BaseEstimator, ClassifierMixin, clone
+from sklearn.base import ClassifierMixin, clone
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import make_pipeline
@@ -20,6 +20,8 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from skhead._affinity import LEAST, ClassAffinity
 from skhead._base import check_option
 from skhead._classes import open_targets
+from skhead._estimators import SkheadEstimator
+from skhead._progress import reports_fit
 from skhead.containers import Similarity, similarity_in
 from skhead.exceptions import HeadShapeError
 from skhead.stats.platt import fit_sigmoids
@@ -31,7 +33,7 @@ FEATURES = ("own", "all")
 _CROSS_FIT = 5
 
 
-class HeadClassifier(ClassifierMixin, BaseEstimator):
+class HeadClassifier(ClassifierMixin, SkheadEstimator):
     """Classes of heads, from their similarity to heads of known class or from any features.
 
     From a `Similarity`, each head is described by its affinity to the training heads of each class
@@ -133,6 +135,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         self.none_label = none_label
         self.rare = rare
 
+    @reports_fit
     def fit(self, X: Any, y: Any) -> HeadClassifier:
         """Learn the classes.
 

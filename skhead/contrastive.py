@@ -15,8 +15,10 @@ from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
 
 from skhead._base import check_option
+from skhead._callers import users_level
 from skhead._checks import check_count, check_number
 from skhead._devices import check_device, resolve_device
+from skhead._progress import reports_fit
 from skhead._qk.decomposition import FeatureSums, Solver
 from skhead._qk.doors import generator, open_pairs, open_vectors, refuse_not_finite
 from skhead._qk.reading import FeatureReader
@@ -181,6 +183,7 @@ class ContrastiveQKDecomposer(TransformerMixin, FeatureReader):
         self.device = device
         self.random_state = random_state
 
+    @reports_fit
     def fit(self, X: Any, y: Any = None) -> ContrastiveQKDecomposer:
         """Contrast pairs that agree with pairs that differ.
 
@@ -252,6 +255,7 @@ class ContrastiveQKDecomposer(TransformerMixin, FeatureReader):
         self._solve(solver, strict=False)
         return self
 
+    @reports_fit
     def fit_transform(self, X: Any, y: Any = None, **fit_params: Any) -> Any:
         """Fit, and give the coordinates of the queries; see `fit` and `transform`.
 
@@ -505,7 +509,7 @@ class ContrastiveQKDecomposer(TransformerMixin, FeatureReader):
                 "queries, so that the kind with more pairs weighs more; unless contexts hold as "
                 "many pairs of both kinds, mean queries and keys come out as the feature",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=users_level(),
             )
         return Solver(
             rank,

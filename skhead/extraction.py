@@ -20,6 +20,7 @@ from skhead._base import (
     parse_bytes,
 )
 from skhead._devices import check_device
+from skhead._progress import reports_fit
 from skhead.containers import Subspaces
 from skhead.exceptions import HeadShapeError
 
@@ -99,6 +100,7 @@ class SubspaceExtractor(HeadEstimator, auto_wrap_output_keys=None):  # type: ign
         self.cache = cache
         self.max_memory = max_memory
 
+    @reports_fit
     def fit(self, X: Any, y: Any = None) -> SubspaceExtractor:
         """Check the heads and remember their width; nothing else is learned.
 
@@ -147,6 +149,7 @@ class SubspaceExtractor(HeadEstimator, auto_wrap_output_keys=None):  # type: ign
             )
         return self._extract(source)
 
+    @reports_fit
     def fit_transform(self, X: Any, y: Any = None) -> Subspaces:
         """Fit and transform in one pass; see `fit` and `transform`.
 

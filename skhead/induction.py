@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
-from skhead._base import ROLES, defined_pairs, progress_bar
+from skhead._base import ROLES, defined_pairs
+from skhead._callers import users_level
 from skhead._checks import check_count, check_number
 from skhead._devices import check_device
 from skhead._inputs import (
@@ -25,6 +26,7 @@ from skhead._inputs import (
     refuse_zero_maps,
     token_matrix,
 )
+from skhead._progress import progress_bar
 from skhead.exceptions import HeadTableError, UnsupportedLayoutError
 from skhead.linalg.circuits import eigenvalue_ratios, paired_matching, small_circuits
 from skhead.linalg.factored import product_norms
@@ -250,7 +252,7 @@ def _both_ends(space: TokenSpace) -> tuple[torch.Tensor, torch.Tensor]:
             f"{_CALLER}: the heads of {space.source} normalise their queries and keys, which the "
             "circuits leave out",
             UserWarning,
-            stacklevel=4,
+            stacklevel=users_level(),
         )
     return embedding, unembedding
 

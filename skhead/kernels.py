@@ -18,6 +18,7 @@ from skhead._base import (
 )
 from skhead._compared import Compared, Law, Measured, Sides, expand, forward_spans
 from skhead._pairwise import LAYER_ORDERS, MatrixKernel, SubspaceKernel
+from skhead._progress import reports_fit
 from skhead._tiling import Factors
 from skhead.exceptions import DegenerateHeadError, HeadShapeError
 from skhead.linalg.factored import map_factors
@@ -229,6 +230,7 @@ class CompositionScore(MatrixKernel):
         self.device = device
         self.n_jobs = n_jobs
 
+    @reports_fit
     def fit(self, X: Any, y: Any = None) -> CompositionScore:
         """Remember the reference heads.
 

@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
 
 from skhead._base import HeadEstimator, check_option, open_door, parse_bytes
+from skhead._callers import users_level
 from skhead._checks import check_count, check_number
 from skhead._devices import check_device, resolve_device, with_less_memory
 from skhead._inputs import Processing, SourceHeads, of_sources
 from skhead._operations.pairs import token_pairs
 from skhead._operations.scoring import OperationRanks, Reading, rank_operations
+from skhead._progress import reports_fit
 from skhead._tokenizers import tokenizer_size
 from skhead.exceptions import HeadShapeError
 from skhead.stats import adjust_log_p
@@ -218,6 +220,7 @@ class OperationMapper(HeadEstimator):
         self.max_memory = max_memory
         self.device = device
 
+    @reports_fit
     def fit(self, X: Any, y: Any = None) -> OperationMapper:
         """Turn the operations into tokens and score the heads.
 
@@ -276,6 +279,7 @@ class OperationMapper(HeadEstimator):
         check_option("output", self.output, _OUTPUTS, type(self).__name__)
         return self._tables(self._rank(self._open(X)), X.index)[self.output]
 
+    @reports_fit
     def fit_transform(self, X: Any, y: Any = None) -> Any:
         """Fit and score the heads; see `fit` and `transform`.
 
@@ -399,7 +403,7 @@ class OperationMapper(HeadEstimator):
                 f"{self.settings_['min_pairs']} pairs of single tokens are left out: {listed}. "
                 "Lower min_pairs to keep them.",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=users_level(),
             )
 
     def _rank(self, models: list[SourceHeads]) -> list[OperationRanks]:

@@ -6,10 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from sklearn.base import BaseEstimator, TransformerMixin, clone
+from sklearn.base import TransformerMixin, clone
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.validation import check_is_fitted
 
+from skhead._estimators import SkheadEstimator
+from skhead._progress import reports_fit
 from skhead.exceptions import HeadShapeError
 from skhead.qk_pairs import QKPairs
 
@@ -19,7 +21,7 @@ _AS_IT_IS = "passthrough"
 
 
 class QKTransformer(  # type: ignore[call-arg]
-    TransformerMixin, BaseEstimator, auto_wrap_output_keys=None
+    TransformerMixin, SkheadEstimator, auto_wrap_output_keys=None
 ):
     """Apply one transformer to queries and one to keys, so that `QKPairs` go through a pipeline.
 
@@ -61,6 +63,7 @@ class QKTransformer(  # type: ignore[call-arg]
         self.queries = queries
         self.keys = keys
 
+    @reports_fit
     def fit(self, X: QKPairs, y: Any = None) -> QKTransformer:
         """Fit one transformer on the queries and one on the keys.
 

@@ -24,6 +24,7 @@ from skhead._base import (
 from skhead._checks import check_count
 from skhead._devices import check_device
 from skhead._inputs import Processing, check_ids, token_columns, token_matrix, token_texts
+from skhead._progress import progress_bar, reports_fit
 from skhead.containers import Subspaces
 from skhead.exceptions import HeadShapeError, HeadTableError
 from skhead.linalg.precision import fast_float32_matmul
@@ -130,6 +131,7 @@ class SubspaceReadout(HeadEstimator):
         tags.transformer_tags = TransformerTags(preserves_dtype=["float32"])
         return tags
 
+    @reports_fit
     def fit(self, X: Any, y: Any = None, vectors: Any = None) -> SubspaceReadout:
         """Take the tokens of the heads' model.
 
@@ -313,7 +315,8 @@ class SubspaceReadout(HeadEstimator):
         flat = bases.permute(1, 0, 2).reshape(d_model, n_bases * rank)
         step = max(_SCRATCH // (8 * (n_bases * rank + d_model)), 1)
         wanted = torch.as_tensor(self.tokens_, device=vectors.device)
-        for start in range(0, len(wanted), step):
+        starts = range(0, len(wanted), step)
+        for start in progress_bar(starts, type(self).__name__, unit="block"):
             some = _directions(vectors[wanted[start : start + step]], means, self.order)
             with fast_float32_matmul(bases.device):
                 cross = (some.to(bases.dtype) @ flat).view(len(some), n_bases, rank)

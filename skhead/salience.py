@@ -25,6 +25,7 @@ from skhead._inputs import (
     token_matrix,
     token_texts,
 )
+from skhead._progress import progress_bar, reports_fit
 from skhead._salient import DIRECTIONS, SalientMappings
 from skhead._tokenizers import as_vocabulary
 from skhead.exceptions import DegenerateHeadError, HeadShapeError, HeadTableError
@@ -137,6 +138,7 @@ class SalientOperations(HeadEstimator):
         tags.transformer_tags = TransformerTags(preserves_dtype=["float32"])
         return tags
 
+    @reports_fit
     def fit(
         self, X: Any, y: Any = None, embedding: Any = None, unembedding: Any = None
     ) -> SalientOperations:
@@ -375,7 +377,7 @@ class SalientOperations(HeadEstimator):
     def _layers(self, opened: HeadInput) -> Iterator[_Layer]:
         """The heads of one layer after the other, with the source vectors of the tokens."""
         vectors: dict[str, torch.Tensor] = {}
-        for rows in layer_rows(opened.heads):
+        for rows in progress_bar(layer_rows(opened.heads), type(self).__name__, unit="layer"):
             part = heads_at(opened, rows)
             first = int(part.heads["layer"].iloc[0]) <= 0
             kind = "raw" if first else self.source_embedding

@@ -14,6 +14,7 @@ from sklearn.utils.validation import check_is_fitted
 from skhead._base import ANONYMOUS, HeadInput, defined_pairs
 from skhead._compared import check_same_kind, expand, open_weights, refuse_zero
 from skhead._pairwise import ROLE_PAIRS, PairwiseKernel
+from skhead._progress import reports_fit
 from skhead.containers import Similarity
 from skhead.linalg.alignments import map_singular_values, singular_values, unit_stack
 
@@ -111,6 +112,7 @@ class SpectrumSimilarity(PairwiseKernel):
         self.center = center
         self.device = device
 
+    @reports_fit
     def fit(self, X: Any, y: Any = None) -> SpectrumSimilarity:
         """Keep the spectra of the reference heads.
 

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from skhead._base import ROLES, HeadInput, defined_pairs, extract_subspaces, progress_bar
+from skhead._base import ROLES, HeadInput, defined_pairs, extract_subspaces
 from skhead._checks import check_count
 from skhead._devices import check_device
 from skhead._inputs import (
@@ -22,6 +22,7 @@ from skhead._inputs import (
     per_head,
     refuse_zero_maps,
 )
+from skhead._progress import progress_bar
 from skhead.linalg.factored import map_factors
 from skhead.linalg.paths import erasure_statistics, head_maps, stream_dimensions
 from skhead.linalg.topk import largest_entries

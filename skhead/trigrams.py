@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from skhead._base import ROLES, progress_bar
+from skhead._base import ROLES
 from skhead._checks import check_count
 from skhead._devices import check_device
 from skhead._inputs import (
@@ -22,6 +22,7 @@ from skhead._inputs import (
     token_matrix,
     token_texts,
 )
+from skhead._progress import progress_bar
 from skhead.exceptions import HeadTableError
 
 __all__ = ["skip_trigrams"]

@@ -19,6 +19,8 @@ from sklearn.utils._set_output import _get_output_config
 from sklearn.utils.validation import check_is_fitted
 
 from skhead import __version__
+from skhead._estimators import SkheadEstimator
+from skhead._progress import reports_fit
 from skhead.containers import Similarity, feature_names, head_codes
 from skhead.exceptions import HeadTableError
 from skhead.weights import check_heads, head_labels, load_heads
@@ -26,7 +28,7 @@ from skhead.weights import check_heads, head_labels, load_heads
 __all__ = ["WholeModelSimilarity"]
 
 
-class WholeModelSimilarity(TransformerMixin, BaseEstimator):
+class WholeModelSimilarity(TransformerMixin, SkheadEstimator):
     """A kernel computed once between all heads of the models, of which folds are parts.
 
     The similarity of two heads does not depend on which other heads are in the training fold. This
@@ -73,6 +75,7 @@ class WholeModelSimilarity(TransformerMixin, BaseEstimator):
         self.estimator = estimator
         self.memory = memory
 
+    @reports_fit
     def fit(self, X: pd.DataFrame, y: Any = None) -> WholeModelSimilarity:
         """Remember the reference heads, and compute the similarities of their models.
 

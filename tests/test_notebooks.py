@@ -6,13 +6,16 @@ import dataclasses
 import inspect
 import pickle
 import re
+from email.message import Message
 from html.parser import HTMLParser
 
 import joblib
 import numpy as np
 import pandas as pd
 import pytest
-from test_docs import OBJECTS
+from sklearn.pipeline import make_pipeline
+from test_common import public_estimators
+from test_docs import OBJECTS, ROOT
 
 import skhead
 from skhead.datasets import load_payload_head, make_payload_retrieval
@@ -197,3 +200,60 @@ def test_showing_leaves_pickle_and_hash_alone(containers):
         one._repr_html_()
         assert joblib.hash(one) == before
         assert pickle.loads(pickle.dumps(one))._repr_html_() == one._repr_html_()
+
+
+@pytest.fixture
+def docs(monkeypatch):
+    monkeypatch.setenv("SKHEAD_DOCS_URL", "https://docs.example/skhead/")
+    return "https://docs.example/skhead/api/generated/skhead."
+
+
+def links(estimator) -> set[str]:
+    html = estimator._repr_html_()
+    return {link.partition("#")[0] for link in re.findall(r'href="([^"]+)"', html)}
+
+
+@pytest.mark.parametrize("cls", public_estimators(), ids=lambda cls: cls.__name__)
+def test_estimators_link_to_their_page(cls, docs):
+    """Pages are those that autosummary generates for the names in docs/api/index.rst."""
+    reference = (ROOT / "docs" / "api" / "index.rst").read_text(encoding="utf-8")
+    assert f"\n   {cls.__name__}\n" in reference
+    needed = {
+        name: "x"
+        for name, parameter in inspect.signature(cls).parameters.items()
+        if parameter.default is inspect.Parameter.empty
+    }
+    estimator = cls(**needed)
+    assert estimator._get_doc_link() == f"{docs}{cls.__name__}.html"
+    assert links(estimator) == {f"{docs}{cls.__name__}.html"}
+
+
+def test_fitted_pipeline_shows_steps_and_their_pages(heads, docs):
+    steps = make_pipeline(skhead.SubspaceExtractor(), skhead.ProjectionKernel())
+    html = steps.fit(heads)._repr_html_()
+    assert links(steps) >= {f"{docs}SubspaceExtractor.html", f"{docs}ProjectionKernel.html"}
+    assert "SubspaceExtractor" in html and "fitted" in html
+
+
+def test_without_documentation_nothing_is_linked(monkeypatch):
+    monkeypatch.delenv("SKHEAD_DOCS_URL", raising=False)
+    monkeypatch.setattr("skhead._estimators.metadata", lambda _: Message())
+    assert skhead.ProjectionKernel()._get_doc_link() == ""
+    assert links(skhead.ProjectionKernel()) == set()
+
+
+def test_link_follows_what_the_installed_package_states(monkeypatch):
+    stated = Message()
+    stated["Project-URL"] = "Source, https://code.example"
+    stated["Project-URL"] = "Documentation, https://docs.example"
+    monkeypatch.delenv("SKHEAD_DOCS_URL", raising=False)
+    monkeypatch.setattr("skhead._estimators.metadata", lambda _: stated)
+    found = skhead.ProjectionKernel()._get_doc_link()
+    assert found == "https://docs.example/api/generated/skhead.ProjectionKernel.html"
+
+
+def test_estimators_of_others_do_not_link_to_ours(docs):
+    class Own(skhead.ProjectionKernel):
+        pass
+
+    assert Own()._get_doc_link() == ""

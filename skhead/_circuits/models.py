@@ -11,10 +11,11 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from skhead._base import HeadInput, progress_bar
+from skhead._base import HeadInput
 from skhead._circuits.pairs import PairScorer
 from skhead._circuits.scores import GROUPS, HeadStacks, Surroundings, score_heads
 from skhead._circuits.surroundings import ModelReader, Reading
+from skhead._progress import progress_bar
 from skhead.exceptions import DegenerateHeadError
 from skhead.linalg.factored import product_norms
 from skhead.weights import head_labels, load_heads

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from skhead._base import progress_bar
+from skhead._callers import users_level
 from skhead._inputs import Processing, SourceHeads, heads_at, layer_rows, token_matrix
 from skhead._operations.pairs import check_targets
+from skhead._progress import progress_bar
 from skhead.exceptions import DegenerateHeadError, MemoryBudgetError, UnsupportedLayoutError
 from skhead.linalg.factored import product_norms
 from skhead.linalg.precision import tall_product
@@ -246,7 +247,7 @@ def _competing(model: SourceHeads, reading: Reading) -> torch.Tensor:
             f"the tokenizer {size} tokens; the others compete as well. Pass n_valid_tokens={size} "
             "to leave them out.",
             UserWarning,
-            stacklevel=6,
+            stacklevel=users_level(),
         )
     return unembedding[:n_valid]
 

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from skhead._frozen import Frozen
+from skhead._progress import progress_fraction
 from skhead._qk.weights import WeightedPairs, weigh_pairs
 from skhead.exceptions import NoContrastError
 from skhead.linalg.contrast import ContrastMoments, PermutedMoments, contrast_spectrum, energy_rank
@@ -156,11 +157,14 @@ class FeatureSums:
             weights = put(weighted.weights, own.device)
         part.moments.add(queries, keys, index, kinds, weights)
         if self.permuted is not None:
-            part.permuted = PermutedMoments(self.permuted.n_permutations, own.d_head, own.device)
-            for some in weighted.permutations(self.permuted.n_permutations, rng):
-                rows = put(some.keys, own.device)
-                assigned = put(some.weights, own.device)
-                part.permuted.add(some.which, queries[index[rows]], keys[rows], assigned)
+            n = self.permuted.n_permutations
+            part.permuted = PermutedMoments(n, own.d_head, own.device)
+            with progress_fraction(f"permutations of {self.name}") as progress:
+                for some in weighted.permutations(n, rng):
+                    rows = put(some.keys, own.device)
+                    assigned = put(some.weights, own.device)
+                    part.permuted.add(some.which, queries[index[rows]], keys[rows], assigned)
+                    progress(some.which.stop / n)
         return part
 
     def add(self, part: FeaturePart) -> None:

@@ -10,10 +10,11 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
+from skhead._callers import users_level
 from skhead._checks import check_count
+from skhead._estimators import SkheadEstimator
 from skhead._qk.decomposition import Decomposition
 from skhead._qk.doors import generator, open_pairs, open_vectors
 from skhead._qk.interventions import (
@@ -32,7 +33,7 @@ __all__ = ["FeatureReader"]
 _ILL = 1e-4
 
 
-class FeatureReader(BaseEstimator):
+class FeatureReader(SkheadEstimator):
     """Methods of an estimator that knows the query and key subspaces of features.
 
     Attributes
@@ -331,7 +332,7 @@ class FeatureReader(BaseEstimator):
                     f"orthogonal somewhere (cosine {feature.least_cosine:.1g}), so that its share "
                     "of the scores is not well defined; lower the rank",
                     UserWarning,
-                    stacklevel=4,
+                    stacklevel=users_level(),
                 )
         found = torch.stack([oblique_logits(query, key, *basis) for basis in bases], dim=1).numpy()
         return found

@@ -17,6 +17,7 @@ from sklearn.preprocessing import StandardScaler
 
 from skhead._base import ANONYMOUS, ROLES, HeadInput, open_door
 from skhead._html import ShowsSummary, Summary
+from skhead._progress import progress_bar
 from skhead.exceptions import DegenerateHeadError, HeadShapeError
 from skhead.linalg.factored import frobenius_norms
 from skhead.metrics._precision import macro_average_precision
@@ -279,10 +280,11 @@ def layer_permutation_score(
     folds = check_cv(cv, labels, classifier=True)
     orders = permute_heads(layers, int(n_permutations), np.random.default_rng(random_state))
     drawn = [labels, *(labels[order] for order in orders)]
-    scores = Parallel(n_jobs=n_jobs)(
+    running = Parallel(n_jobs=n_jobs, return_as="generator")(
         delayed(_mean_score)(clone(estimator), heads, given, groups, folds, scorer)
         for given in drawn
     )
+    scores = [next(running) for _ in progress_bar(drawn, "layer_permutation_score", unit="fit")]
     null = np.asarray(scores[1:])
     p_value = (1 + int((null >= scores[0]).sum())) / (1 + len(null))
     return LayerPermutation(float(scores[0]), null, float(p_value))

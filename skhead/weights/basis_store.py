@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from skhead._callers import users_level
 from skhead.exceptions import CacheError, CheckpointError
 from skhead.linalg.stacks import StoredStack
 from skhead.weights.headers import read_header
@@ -144,7 +145,7 @@ class BasisStore:
             warnings.warn(
                 f"{self._caller}: cached bases cannot be used and are computed again ({error})",
                 UserWarning,
-                stacklevel=8,
+                stacklevel=users_level(),
             )
         except OSError as error:
             raise self._error("cannot be read", error) from error

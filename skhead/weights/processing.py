@@ -6,6 +6,7 @@ import warnings
 
 import torch
 
+from skhead._callers import users_level
 from skhead.exceptions import CheckpointError, DegenerateHeadError, UnsupportedLayoutError
 from skhead.weights.layouts import LayerPlan, ModelPlan
 from skhead.weights.readers import TensorReader, torch_dtype
@@ -42,7 +43,7 @@ def warn_if_gains_are_unknown(plan: ModelPlan, label: str) -> None:
         "like), so nothing was folded. That is right if the model has no norms, or if its gains "
         "were folded before it was saved; else add the gains to the file.",
         UserWarning,
-        stacklevel=6,
+        stacklevel=users_level(),
     )
 
 
@@ -60,7 +61,7 @@ def warn_if_centring_changes_reading(plan: ModelPlan, label: str) -> None:
     warnings.warn(
         f"center=True: {label} ({plan.family}) {why}, so centring changes what its heads read.",
         UserWarning,
-        stacklevel=6,
+        stacklevel=users_level(),
     )
 
 

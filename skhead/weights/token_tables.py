@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from skhead._callers import users_level
 from skhead.exceptions import CheckpointError, ConfigMismatchError, DegenerateHeadError
 from skhead.weights.readers import torch_dtype
 from skhead.weights.token_layouts import NormKind
@@ -47,7 +48,7 @@ class TableReader:
             warnings.warn(
                 f"fold_norm=True: nothing was folded into the unembedding, because {why}.",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=users_level(),
             )
         return None
 
@@ -193,5 +194,5 @@ class TableReader:
                 f"{reader.label}: the unembedding {unembedding!r} has {other} tokens, and the "
                 f"embedding {embedding!r} has {rows}; both are kept as they are.",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=users_level(),
             )
