@@ -7,6 +7,7 @@ from skhead.inspection._contrast import AttributionDisplay, SpectrumDisplay
 from skhead.inspection._contrast_scatter import FeatureScatterDisplay
 from skhead.inspection._distribution import DistributionDisplay
 from skhead.inspection._null import NullDisplay
+from skhead.inspection._scores import HeadScoreDisplay
 from skhead.inspection._similarity import SimilarityDisplay
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "DistributionDisplay",
     "FeatureScatterDisplay",
     "HeadClassDisplay",
+    "HeadScoreDisplay",
     "NullDisplay",
     "SimilarityDisplay",
     "SpectrumDisplay",

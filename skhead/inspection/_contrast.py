@@ -62,9 +62,9 @@ def checked_pairs(pairs: Any, display: str) -> QKPairs:
 class AttributionDisplay:
     """Attention scores of one query, a bar for each key, split into what features contribute.
 
-    Made by `from_estimator`. Positive parts are stacked upward and negative ones downward, features
-    in order and the residual last; a diamond marks the score itself. Above the keys that agree with
-    the query stands a dot, a row of them for each feature of the pairs.
+    Made by `from_estimator` or `from_attribution`. Positive parts are stacked upward and negative
+    ones downward, features in order and the residual last; a diamond marks the score itself. Above
+    the keys that agree with the query stands a dot, a row of them for each feature of the pairs.
 
     Parameters
     ----------
@@ -157,16 +157,50 @@ class AttributionDisplay:
             If there is no such query, or it has no keys.
         """
         check_is_fitted(decomposer, "decompositions_")
-        pairs = checked_pairs(pairs, cls.__name__)
-        if not isinstance(query, int | np.integer) or not 0 <= query < len(pairs):
-            raise ValueError(
-                f"{cls.__name__}: query={query!r} is none of the {len(pairs)} queries, which are "
-                "counted from 0"
-            )
-        own = pairs[[int(query)]]
-        if not len(own.keys):
-            raise ValueError(f"{cls.__name__}: query {query} has no keys; draw another one")
+        own = _one_query(pairs, query, cls.__name__)
         table = decomposer.attribute(own, others).drop(columns="query")
+        return cls._of_query(table, own, query, ax)
+
+    @classmethod
+    def from_attribution(
+        cls, table: pd.DataFrame, pairs: QKPairs, query: int = 0, ax: Axes | None = None
+    ) -> AttributionDisplay:
+        """Draw one query of an attribution that is at hand.
+
+        Parameters
+        ----------
+        table : DataFrame
+            From `skhead.ContrastiveQKDecomposer.attribute`, of these pairs.
+        pairs : QKPairs
+        query : int, default=0
+            Number of the query, from 0.
+        ax : matplotlib Axes, optional
+            Where to draw; a new figure by default, wide enough for the keys.
+
+        Returns
+        -------
+        AttributionDisplay
+
+        Raises
+        ------
+        TypeError
+            If `pairs` are no `QKPairs`.
+        ValueError
+            If there is no such query, it has no keys, or the table has other keys of it.
+        """
+        own = _one_query(pairs, query, cls.__name__)
+        rows = table[table["query"] == query].drop(columns="query")
+        if len(rows) != len(own.keys):
+            raise ValueError(
+                f"{cls.__name__}: the table has {len(rows)} keys of query {query}, and the pairs "
+                f"have {len(own.keys)}; give the pairs that were attributed"
+            )
+        return cls._of_query(rows, own, query, ax)
+
+    @classmethod
+    def _of_query(
+        cls, table: pd.DataFrame, own: QKPairs, query: int, ax: Axes | None
+    ) -> AttributionDisplay:
         agreement = pd.DataFrame(own.agreement == 1, columns=list(own.features))
         names = [str(i) for i in range(len(own.keys))]
         if own.key_names is not None:
@@ -247,6 +281,20 @@ class AttributionDisplay:
         ax.set_xlabel("key")
 
 
+def _one_query(pairs: Any, query: Any, display: str) -> QKPairs:
+    """The pairs of one query, which has keys."""
+    pairs = checked_pairs(pairs, display)
+    if not isinstance(query, int | np.integer) or not 0 <= query < len(pairs):
+        raise ValueError(
+            f"{display}: query={query!r} is none of the {len(pairs)} queries, which are counted "
+            "from 0"
+        )
+    own = pairs[[int(query)]]
+    if not len(own.keys):
+        raise ValueError(f"{display}: query {query} has no keys; draw another one")
+    return own
+
+
 def _style(number: int) -> dict[str, Any]:
     """Colour, and a hatch where colours repeat."""
     hatch = _HATCHES[number // len(PALETTE) % len(_HATCHES)]
@@ -256,10 +304,10 @@ def _style(number: int) -> dict[str, Any]:
 class SpectrumDisplay:
     """Singular values of the contrast of features, on a logarithmic scale.
 
-    Made by `from_estimator`. Points of components that are kept are filled, and a dashed line
-    separates them from the others. Where ranks come from a null, the range of the largest singular
-    values under permuted labels is shaded, with a dotted line at the threshold. Values below a
-    millionth of the largest are under the axis.
+    Made by `from_estimator` or `from_decompositions`. Points of components that are kept are
+    filled, and a dashed line separates them from the others. Where ranks come from a null, the
+    range of the largest singular values under permuted labels is shaded, with a dotted line at the
+    threshold. Values below a millionth of the largest are under the axis.
 
     Parameters
     ----------
@@ -332,7 +380,35 @@ class SpectrumDisplay:
         chosen = dict(decomposer.decompositions_)
         if feature is not None:
             chosen = {feature: chosen[checked_feature(decomposer, feature, cls.__name__)]}
-        return cls(chosen, decomposer.head_).plot(ax)
+        return cls.from_decompositions(chosen, decomposer.head_, ax)
+
+    @classmethod
+    def from_decompositions(
+        cls, decompositions: Mapping[str, Any], head: str = "", ax: Axes | None = None
+    ) -> SpectrumDisplay:
+        """Draw spectra of several fits together, such as those of other layers or lags.
+
+        Parameters
+        ----------
+        decompositions : mapping of str to Decomposition
+            By the name to show; from ``decompositions_`` of any decomposers.
+        head : str, default=""
+            Title of the axes.
+        ax : matplotlib Axes, optional
+            Where to draw; a new figure by default.
+
+        Returns
+        -------
+        SpectrumDisplay
+
+        Raises
+        ------
+        ValueError
+            If there is nothing to draw.
+        """
+        if not decompositions:
+            raise ValueError(f"{cls.__name__}: needs at least one decomposition; got none")
+        return cls(decompositions, head).plot(ax)
 
     def plot(self, ax: Axes | None = None) -> SpectrumDisplay:
         """Draw the spectra.

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from skhead._checks import label_array
+from skhead.exceptions import HeadShapeError
 from skhead.inspection._contrast import PALETTE, checked_feature, checked_pairs
 from skhead.qk_pairs import QKPairs
 
@@ -32,12 +34,12 @@ _MARKERS = {"keys": "s", "queries": "o"}
 class FeatureScatterDisplay:
     """Queries and keys in coordinates of the query and the key subspace of a feature.
 
-    Made by `from_estimator`. Queries (circles) and keys (squares) have the colour of their label.
-    The two subspaces are not the same, but their components come in pairs: pairs that agree lie on
-    the same side of zero more than others do. What that does to their score is another question,
-    which the decomposer's ``cross_gram_`` answers: a head may also avoid keys that agree. Each side
-    is divided by its root mean square, over the coordinates that are drawn. A single coordinate is
-    drawn as two strips, with the labels side by side.
+    Made by `from_estimator` or `from_coordinates`. Queries (circles) and keys (squares) have the
+    colour of their label. The two subspaces are not the same, but their components come in pairs:
+    pairs that agree lie on the same side of zero more than others do. What that does to their score
+    is another question, which the decomposer's ``cross_gram_`` answers: a head may also avoid keys
+    that agree. Each side is divided by its root mean square, over the coordinates that are drawn. A
+    single coordinate is drawn as two strips, with the labels side by side.
 
     Parameters
     ----------
@@ -153,16 +155,66 @@ class FeatureScatterDisplay:
             np.asarray(side)[:, of][:, list(chosen)]
             for side in (decomposer.transform(pairs), decomposer.transform_keys(pairs))
         )
-        display = cls(
-            queries,
-            keys,
-            pairs.query_labels[:, column],
-            pairs.key_labels[:, column],
-            feature=name,
-            components=chosen,
-            head=pairs.head,
+        labels = pairs.query_labels[:, column], pairs.key_labels[:, column]
+        return cls(queries, keys, *labels, feature=name, components=chosen, head=pairs.head).plot(
+            ax
         )
-        return display.plot(ax)
+
+    @classmethod
+    def from_coordinates(
+        cls,
+        queries: ArrayLike,
+        keys: ArrayLike,
+        query_labels: ArrayLike,
+        key_labels: ArrayLike,
+        *,
+        feature: str = "feature",
+        components: Sequence[int] | None = None,
+        head: str = "",
+        ax: Axes | None = None,
+    ) -> FeatureScatterDisplay:
+        """Draw coordinates that are at hand.
+
+        Parameters
+        ----------
+        queries : array-like of shape (n_queries, 1 or 2)
+            Coordinates in the query subspace.
+        keys : array-like of shape (n_keys, 1 or 2)
+            Coordinates in the key subspace.
+        query_labels : array-like of shape (n_queries,)
+            What queries look for; None or NaN where it is not known.
+        key_labels : array-like of shape (n_keys,)
+            What keys are.
+        feature : str, default="feature"
+            Name of the feature.
+        components : sequence of int, optional
+            Number of each coordinate; counted from 0 by default.
+        head : str, default=""
+            Label of the head.
+        ax : matplotlib Axes, optional
+            Where to draw; a new figure by default.
+
+        Returns
+        -------
+        FeatureScatterDisplay
+
+        Raises
+        ------
+        HeadShapeError
+            If coordinates, labels and components do not fit together.
+        """
+        sides = [np.asarray(side, dtype=np.float64) for side in (queries, keys)]
+        labels = [label_array(side) for side in (query_labels, key_labels)]
+        width = sides[0].shape[1] if sides[0].ndim == 2 else 0
+        chosen = tuple(range(width)) if components is None else tuple(components)
+        fits = all(x.shape == (len(y), width) for x, y in zip(sides, labels, strict=True))
+        if not fits or width not in (1, 2) or len(chosen) != width:
+            raise HeadShapeError(
+                f"{cls.__name__}: queries and keys need one or two coordinates, a label each, and "
+                f"as many components; got shapes {sides[0].shape} and {sides[1].shape}, "
+                f"{len(labels[0])} and {len(labels[1])} labels, and components {chosen}"
+            )
+        return cls(*sides, *labels, feature=feature, components=chosen, head=head).plot(ax)
 
     def plot(self, ax: Axes | None = None) -> FeatureScatterDisplay:
         """Draw the points.

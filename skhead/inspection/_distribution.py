@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from skhead.containers import reference_law
 from skhead.exceptions import HeadShapeError
+from skhead.inspection._fitted import similarity_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,9 +23,10 @@ __all__ = ["DistributionDisplay"]
 class DistributionDisplay:
     """Histogram of every pair kind, with what random subspaces would give drawn in.
 
-    Made by `from_similarity`. A dashed line marks the mean between independent random subspaces of
-    the same ranks, a shaded band three standard deviations around it. Trained weights share few
-    directions, so values far from the reference are the rule: it shows scale and is no test.
+    Made by `from_estimator` or `from_similarity`. A dashed line marks the mean between independent
+    random subspaces of the same ranks, a shaded band three standard deviations around it. Trained
+    weights share few directions, so values far from the reference are the rule: it shows scale and
+    is no test.
 
     Parameters
     ----------
@@ -71,6 +73,42 @@ class DistributionDisplay:
         self.samples = samples
         self.references = references
         self.unit = unit
+
+    @classmethod
+    def from_estimator(
+        cls,
+        estimator: Any,
+        X: Any,
+        pairs: Sequence[str] | None = None,
+        bins: int = 60,
+        ax: Axes | None = None,
+    ) -> DistributionDisplay:
+        """Draw what a fitted kernel or calibrator makes of heads.
+
+        Parameters
+        ----------
+        estimator : transformer
+            Fitted: a kernel, a `skhead.NullCalibrator`, or a pipeline that ends with one.
+        X : object
+            Heads, as the estimator takes them.
+        pairs : sequence of str, optional
+            Which pair kinds; all by default.
+        bins : int, default=60
+            Equal bins over the range of all values drawn.
+        ax : matplotlib Axes, optional
+            Where to draw; a new figure by default.
+
+        Returns
+        -------
+        DistributionDisplay
+
+        Raises
+        ------
+        HeadShapeError
+            If the estimator makes no similarity, or one that cannot be drawn.
+        """
+        similarity = similarity_of(estimator, X, cls.__name__)
+        return cls.from_similarity(similarity, pairs, bins, ax)
 
     @classmethod
     def from_similarity(

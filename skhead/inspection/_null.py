@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skhead.exceptions import HeadShapeError
+from skhead.inspection._fitted import similarity_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,11 +25,11 @@ _CALLED, _OTHERS = "C3", "0.55"
 class NullDisplay:
     """How far the pairs of one kind depart from a null law, in three panels.
 
-    Made by `from_similarity`. On the left the deviations z with the standard normal law drawn in;
-    in the middle the p-values, sorted, against those that the law lets expect; on the right the
-    effect size of every pair against its p-value, the pairs called at a false discovery rate of 5%
-    in colour. Where the law holds, bars follow the curve and points the diagonal. Pairs without a
-    finite value are not drawn.
+    Made by `from_estimator` or `from_similarity`. On the left the deviations z with the standard
+    normal law drawn in; in the middle the p-values, sorted, against those that the law lets expect;
+    on the right the effect size of every pair against its p-value, the pairs called at a false
+    discovery rate of 5% in colour. Where the law holds, bars follow the curve and points the
+    diagonal. Pairs without a finite value are not drawn.
 
     Parameters
     ----------
@@ -94,6 +95,44 @@ class NullDisplay:
         self.q = q
         self.null = null
         self.pair = pair
+
+    @classmethod
+    def from_estimator(
+        cls,
+        estimator: Any,
+        X: Any,
+        pair: str | None = None,
+        bins: int = 60,
+        axes: NDArray[Any] | None = None,
+    ) -> NullDisplay:
+        """Draw what a fitted calibrator makes of heads.
+
+        Parameters
+        ----------
+        estimator : transformer
+            Fitted: a `skhead.NullCalibrator`, or a pipeline that ends with one.
+        X : object
+            Heads, as the estimator takes them.
+        pair : str, optional
+            Which pair kind; may be left out when there is only one.
+        bins : int, default=60
+            Equal bins of the histogram.
+        axes : array of three matplotlib Axes, optional
+            Where to draw; a new figure by default.
+
+        Returns
+        -------
+        NullDisplay
+
+        Raises
+        ------
+        HeadShapeError
+            If the estimator makes no similarity, or one that cannot be drawn.
+        ValueError
+            If the similarity is not calibrated.
+        """
+        similarity = similarity_of(estimator, X, cls.__name__)
+        return cls.from_similarity(similarity, pair, bins, axes)
 
     @classmethod
     def from_similarity(

@@ -10,6 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from skhead.exceptions import HeadShapeError
+from skhead.inspection._fitted import similarity_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +26,7 @@ _MOST_TICKS = 16
 class SimilarityDisplay:
     """Matrix of one pair kind: row heads down, column heads across, both in table order by layer.
 
-    Made by `from_similarity`. Undefined pairs stay blank.
+    Made by `from_estimator` or `from_similarity`. Undefined pairs stay blank.
 
     Parameters
     ----------
@@ -76,6 +77,42 @@ class SimilarityDisplay:
         self.columns = columns
         self.pair = pair
         self.unit = unit
+
+    @classmethod
+    def from_estimator(
+        cls,
+        estimator: Any,
+        X: Any,
+        pair: str | None = None,
+        ax: Axes | None = None,
+        im_kw: Mapping[str, Any] | None = None,
+    ) -> SimilarityDisplay:
+        """Draw what a fitted kernel or calibrator makes of heads.
+
+        Parameters
+        ----------
+        estimator : transformer
+            Fitted: a kernel, a `skhead.NullCalibrator`, or a pipeline that ends with one.
+        X : object
+            Heads, as the estimator takes them.
+        pair : str, optional
+            Which pair kind; may be left out when there is only one.
+        ax : matplotlib Axes, optional
+            Where to draw; a new figure by default.
+        im_kw : mapping, optional
+            Passed on to ``Axes.imshow``.
+
+        Returns
+        -------
+        SimilarityDisplay
+
+        Raises
+        ------
+        HeadShapeError
+            If the estimator makes no similarity, or one that cannot be drawn.
+        """
+        similarity = similarity_of(estimator, X, cls.__name__)
+        return cls.from_similarity(similarity, pair, ax, im_kw)
 
     @classmethod
     def from_similarity(
