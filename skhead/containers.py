@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import DTypeLike, NDArray
 
+from skhead._calibrated import CALIBRATED, Calibration
 from skhead._frozen import Frozen, row_positions
 from skhead._html import Listing, ShowsSummary, Summary, models_of, processing
 from skhead.exceptions import HeadShapeError
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     import networkx
 
 __all__ = [
+    "CALIBRATED",
+    "SMALL_IS_STRONG",
     "Calibration",
     "RoleBases",
     "Similarity",
@@ -34,60 +37,14 @@ __all__ = [
 _HEAD = ["source", "layer", "head"]
 
 
-@dataclass(frozen=True, eq=False)
-class Calibration(Frozen):
-    """What a null law says of every pair of a similarity.
-
-    Every array has the shape of the similarity's values and is NaN where they are.
-
-    Attributes
-    ----------
-    null : str
-        Name of the null law.
-    side : {"two", "upper", "lower"}
-        Which deviations count as evidence.
-    score : ndarray, float32
-        The similarity before calibration.
-    z : ndarray, float32
-        Deviation from the expectation in units of the null's standard deviation.
-    log10_p : ndarray, float64
-        Decimal logarithm of the p-value, which may lie below the smallest float.
-    q : ndarray, float64
-        Smallest false discovery rate at which the pair is called.
-    ratio, excess : ndarray, float32
-        Effect sizes: the score divided by its expectation, and the score minus it.
-    """
-
-    null: str
-    side: str
-    score: NDArray[np.float32]
-    z: NDArray[np.float32]
-    log10_p: NDArray[np.float64]
-    q: NDArray[np.float64]
-    ratio: NDArray[np.float32]
-    excess: NDArray[np.float32]
-
-    def __repr__(self) -> str:
-        shape = " x ".join(map(str, self.z.shape))
-        return f"Calibration({shape}, null {self.null}, side {self.side})"
-
-    def take(self, rows: NDArray[np.int64]) -> Calibration:
-        """The calibration of some of the rows."""
-        parts = {name: getattr(self, name)[rows] for name in ("score", *CALIBRATED)}
-        return replace(self, **parts)
-
-
 #: Units in which the strongest pairs have the smallest values.
-_SMALL_IS_STRONG = ("log10_p", "q", "distance")
+SMALL_IS_STRONG = ("log10_p", "q", "distance")
 #: Pairs of each kind that a notebook lists.
 _SHOWN = 3
 _SUBSPACES = ("row_subspaces", "column_subspaces")
 
 #: Where a data frame keeps the similarity of which it is the features.
 _ORIGIN = "skhead.similarity"
-
-#: What calibration knows of every pair, in the order in which tables list it.
-CALIBRATED = ("z", "log10_p", "q", "ratio", "excess")
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +109,7 @@ class Similarity(ShowsSummary, Frozen):
     @property
     def large_is_similar(self) -> bool:
         """Whether similar heads have large values; p-values and distances are small for them."""
-        return self.unit.split("/")[0] not in _SMALL_IS_STRONG
+        return self.unit.split("/")[0] not in SMALL_IS_STRONG
 
     @property
     def row_labels(self) -> list[str]:
@@ -360,6 +317,95 @@ class Similarity(ShowsSummary, Frozen):
         from skhead.graph import wiring_graph
 
         return wiring_graph(self, k)
+
+    def to_transformer_lens(self, pair: str | None = None) -> Any:
+        """One pair kind as the result that TransformerLens has for it.
+
+        Parameters
+        ----------
+        pair : str, optional
+            Which pair kind; may be left out when there is only one.
+
+        Returns
+        -------
+        HeadAffinityResult or CompositionScores
+            The first, of ``transformer_lens.tools.analysis.projection_kernel``, for projection
+            kernels; the second, as from ``TransformerBridge.all_composition_scores``, for
+            composition scores. Undefined pairs are 0, and those of kernels masked.
+
+        Raises
+        ------
+        ValueError
+            If the numbers are in another unit, or the ranks of a role differ.
+        HeadShapeError, HeadTableError
+            If the pair kind is missing or not named, or heads do not fill the layers of one model.
+        ImportError
+            If transformer_lens is not installed.
+
+        Examples
+        --------
+        >>> import skhead
+        >>> heads = skhead.load_heads("skhead/induction-2l")
+        >>> similarity = skhead.ProjectionKernel().fit_transform(heads)
+        >>> result = similarity.to_transformer_lens("OK")
+        >>> result.top_pairs(1)[0].source.label
+        'L0H0'
+        """
+        from skhead._lens_exchange import to_transformer_lens
+
+        return to_transformer_lens(self, pair)
+
+    @classmethod
+    def from_transformer_lens(
+        cls,
+        result: Any,
+        heads: pd.DataFrame,
+        pair: str | None = None,
+        *,
+        fold_norm: bool = False,
+        center: bool = False,
+    ) -> Similarity:
+        """A result of TransformerLens as a similarity.
+
+        Parameters
+        ----------
+        result : HeadAffinityResult or CompositionScores
+            From ``attention_head_subspace_affinity`` or ``all_composition_scores``.
+        heads : DataFrame
+            Heads table of the model that was analysed; the result names neither model nor width.
+        pair : str, optional
+            Pair kind, which `CompositionScores` do not know; needed for them alone.
+        fold_norm : bool, default=False
+            Whether TransformerLens had folded norms into the weights.
+        center : bool, default=False
+            Whether it had centred them.
+
+        Returns
+        -------
+        Similarity
+            Heads that share keys or values have equal numbers.
+
+        Raises
+        ------
+        TypeError
+            If it is no such result.
+        HeadTableError
+            If the heads are not those of the result.
+        ValueError
+            If `pair` is missing or wrong.
+
+        Examples
+        --------
+        >>> import skhead
+        >>> heads = skhead.load_heads("skhead/induction-2l")
+        >>> result = skhead.ProjectionKernel().fit_transform(heads).to_transformer_lens("OK")
+        >>> skhead.Similarity.from_transformer_lens(result, heads)
+        Similarity(16 x 16 heads, pairs OK, unit pk)
+        """
+        from skhead._lens_exchange import similarity_parts
+
+        record = {"fold_norm": fold_norm, "center": center}
+        return cls(**similarity_parts(result, heads, pair, record))
 
     def plot(self, pair: str | None = None, ax: Any = None) -> Any:
         """Draw the similarity as a matrix; see `skhead.inspection.SimilarityDisplay`.

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from skhead.containers import CALIBRATED, Similarity
+from skhead.containers import CALIBRATED, SMALL_IS_STRONG, Similarity
 from skhead.exceptions import HeadTableError
 
 if TYPE_CHECKING:
@@ -167,8 +167,10 @@ def class_counts(graph: networkx.MultiDiGraph) -> pd.Series:
 def write_graphml(graph: networkx.MultiDiGraph, path: str | PathLike[str]) -> None:
     """Write a wiring graph as GraphML, for Gephi, Cytoscape or yEd.
 
-    An edge lacks the attributes that are not finite: programs differ in how they spell such numbers
-    and some fail to open the file.
+    Nodes carry their label as ``label`` too, edges a unique id and their pair kind as ``label``,
+    which is what Gephi shows. Where large scores are similar and none is negative, edges have them
+    as ``weight`` as well. An edge lacks the attributes that are not finite: programs differ in how
+    they spell such numbers and some fail to open the file.
 
     Parameters
     ----------
@@ -185,11 +187,29 @@ def write_graphml(graph: networkx.MultiDiGraph, path: str | PathLike[str]) -> No
     """
     import networkx
 
-    portable = graph.copy()
-    for *_, data in portable.edges(data=True):
-        for name in [n for n, x in data.items() if isinstance(x, float) and not math.isfinite(x)]:
-            del data[name]
+    portable = networkx.MultiDiGraph(**graph.graph)
+    portable.add_nodes_from(
+        (node, {"label": str(node)} | data) for node, data in graph.nodes.items()
+    )
+    weighted = _has_weights(graph)
+    for source, target, pair, data in graph.edges(keys=True, data=True):
+        shown = {
+            name: value
+            for name, value in data.items()
+            if not isinstance(value, float) or math.isfinite(value)
+        }
+        shown["label"] = str(pair)
+        if weighted:
+            shown["weight"] = data["score"]
+        portable.add_edge(source, target, key=f"{pair}:{source}:{target}", **shown)
     networkx.write_graphml(portable, path)
+
+
+def _has_weights(graph: networkx.MultiDiGraph) -> bool:
+    """Whether scores are strengths, which draw heads together in a layout."""
+    small = str(graph.graph.get("unit", "")).partition("/")[0] in SMALL_IS_STRONG
+    scores = [data.get("score", math.nan) for *_, data in graph.edges(data=True)]
+    return not small and all(math.isfinite(score) and score >= 0 for score in scores)
 
 
 def write_edges(graph: networkx.MultiDiGraph, path: str | PathLike[str]) -> None:
