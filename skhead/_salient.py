@@ -70,6 +70,18 @@ class SalientMappings(ShowsSummary):
         Returns
         -------
         str
+
+        Examples
+        --------
+        >>> import skhead
+        >>> heads = skhead.load_heads("skhead/induction-2l")
+        >>> words = [f"<{token}>" for token in range(67)]
+        >>> salient = skhead.SalientOperations(1, 2, source_embedding="raw", vocabulary=words).fit(
+        ...     heads
+        ... )
+        >>> found = salient.mappings(heads.loc[["L1H1"]])
+        >>> found.to_text().splitlines()[0]
+        'L1H1'
         """
         return "\n".join(
             line for head, rows in self._heads() for line in (head, *self._lines(rows, "  "), "")
@@ -89,6 +101,18 @@ class SalientMappings(ShowsSummary):
         ------
         ValueError
             If there are no texts, as no vocabulary was given.
+
+        Examples
+        --------
+        >>> import skhead
+        >>> heads = skhead.load_heads("skhead/induction-2l")
+        >>> words = [f"<{token}>" for token in range(67)]
+        >>> salient = skhead.SalientOperations(1, 2, source_embedding="raw", vocabulary=words).fit(
+        ...     heads
+        ... )
+        >>> found = salient.mappings(heads.loc[["L1H1"]])
+        >>> found.prompts()["L1H1"].splitlines()[0][:60]
+        'An attention head of a language model was read from its para'
         """
         if "text" not in self.table:
             raise ValueError(
@@ -107,6 +131,16 @@ class SalientMappings(ShowsSummary):
             An object with ``direction`` and ``heads``, a list of ``head``, ``inputs`` (``token``,
             ``text``, ``saliency`` and ``outputs`` of ``token``, ``text`` and ``logit``) and
             ``prompt``.
+
+        Examples
+        --------
+        >>> import skhead
+        >>> heads = skhead.load_heads("skhead/induction-2l")
+        >>> salient = skhead.SalientOperations(n_salient=1, n_targets=2, source_embedding="raw")
+        >>> import json
+        >>> found = salient.fit(heads).mappings(heads.loc[["L1H1"]])
+        >>> list(json.loads(found.to_json()))
+        ['direction', 'heads']
         """
         heads = []
         for head, rows in self._heads():

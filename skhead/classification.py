@@ -256,6 +256,16 @@ class HeadClassifier(ClassifierMixin, SkheadEstimator):
         ------
         ValueError
             If the classifier was fitted on a 2-D matrix, or has no such head.
+
+        Examples
+        --------
+        >>> import skhead
+        >>> heads = skhead.load_heads("skhead/induction-2l")
+        >>> kernel = skhead.ProjectionKernel(["KK", "OO"], layer_order="all")
+        >>> classifier = skhead.HeadClassifier()
+        >>> classifier = classifier.fit(kernel.fit_transform(heads), heads["layer"].astype(str))
+        >>> classifier.explain("L0H3").columns.tolist()
+        ['class', 'reference', 'pair', 'member', 'similarity', 'contribution']
         """
         check_is_fitted(self)
         if self._affinity is None:

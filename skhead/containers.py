@@ -12,7 +12,8 @@ from numpy.typing import DTypeLike, NDArray
 
 from skhead._calibrated import CALIBRATED, Calibration
 from skhead._frozen import Frozen, row_positions
-from skhead._html import Listing, ShowsSummary, Summary, models_of, processing
+from skhead._html import ShowsSummary, Summary
+from skhead._similarity_summary import reference_law, similarity_summary
 from skhead.exceptions import HeadShapeError
 from skhead.linalg.topk import largest_entries
 from skhead.subspaces import RoleBases, Subspaces
@@ -39,8 +40,6 @@ _HEAD = ["source", "layer", "head"]
 
 #: Units in which the strongest pairs have the smallest values.
 SMALL_IS_STRONG = ("log10_p", "q", "distance")
-#: Pairs of each kind that a notebook lists.
-_SHOWN = 3
 _SUBSPACES = ("row_subspaces", "column_subspaces")
 
 #: Where a data frame keeps the similarity of which it is the features.
@@ -168,6 +167,14 @@ class Similarity(ShowsSummary, Frozen):
         DataFrame of shape (n_rows, n_pairs * n_columns)
             Row labels and `feature_names`; the similarity in ``attrs``, where estimators of skhead
             find it again.
+
+        Examples
+        --------
+        >>> import skhead
+        >>> heads = skhead.load_heads("skhead/induction-2l")
+        >>> similarity = skhead.ProjectionKernel().fit_transform(heads)
+        >>> similarity.to_features().shape
+        (16, 48)
         """
         frame = pd.DataFrame(np.asarray(self), self.rows.index, self.feature_names)
         frame.attrs[_ORIGIN] = self
@@ -189,6 +196,14 @@ class Similarity(ShowsSummary, Frozen):
         ------
         HeadShapeError
             If the similarity lacks the pair kind.
+
+        Examples
+        --------
+        >>> import skhead
+        >>> heads = skhead.load_heads("skhead/induction-2l")
+        >>> similarity = skhead.ProjectionKernel().fit_transform(heads)
+        >>> similarity.pair("OK").loc["L0H0", "L1H1"].round(1).item()
+        13.0
         """
         values = self.values[:, :, self._position(pair)]
         return pd.DataFrame(values, index=self.row_labels, columns=self.column_labels)
@@ -212,6 +227,15 @@ class Similarity(ShowsSummary, Frozen):
         Returns
         -------
         ndarray of shape (n_rows, n_columns), float32
+
+        Examples
+        --------
+        >>> import skhead
+        >>> heads = skhead.load_heads("skhead/induction-2l")
+        >>> import numpy as np
+        >>> similarity = skhead.ProjectionKernel(["KK"], layer_order="all").fit_transform(heads)
+        >>> int(np.count_nonzero(~np.isnan(similarity.listed("KK"))))
+        120
         """
         values = self.values[:, :, self._position(pair)]
         return np.where(self._mirror(pair)[0], np.float32(np.nan), values)
@@ -229,6 +253,16 @@ class Similarity(ShowsSummary, Frozen):
         Returns
         -------
         ndarray of shape (n_rows, n_columns)
+
+        Examples
+        --------
+        >>> import skhead
+        >>> heads = skhead.load_heads("skhead/induction-2l")
+        >>> similarity = skhead.ProjectionKernel(["KK"], layer_order="all").fit_transform(heads)
+        >>> once = similarity.listed("KK")
+        >>> both = similarity.fill_mirrored("KK", once)
+        >>> bool((both[0, 1] == both[1, 0]) and (both[0, 1] == once[0, 1]))
+        True
         """
         unlisted, rows, columns = self._mirror(pair)
         return np.where(unlisted, values[rows[None, :], columns[:, None]], values)
@@ -251,7 +285,16 @@ class Similarity(ShowsSummary, Frozen):
         return unlisted, rows, columns
 
     def to_frame(self) -> pd.DataFrame:
-        """Every defined pair as a row: ``pair``, ``source``, ``target``, ``score``."""
+        """Every defined pair as a row: ``pair``, ``source``, ``target``, ``score``.
+
+        Examples
+        --------
+        >>> import skhead
+        >>> heads = skhead.load_heads("skhead/induction-2l")
+        >>> similarity = skhead.ProjectionKernel().fit_transform(heads)
+        >>> similarity.to_frame().columns.tolist()
+        ['pair', 'source', 'target', 'score']
+        """
         parts = []
         for pair in self.pairs:
             values = self.listed(pair)
@@ -278,6 +321,14 @@ class Similarity(ShowsSummary, Frozen):
         ------
         ValueError
             If `k` is not a positive integer.
+
+        Examples
+        --------
+        >>> import skhead
+        >>> heads = skhead.load_heads("skhead/induction-2l")
+        >>> similarity = skhead.ProjectionKernel().fit_transform(heads)
+        >>> similarity.top_pairs(1)[["pair", "source", "target"]].iloc[1].tolist()
+        ['OK', 'L0H0', 'L1H1']
         """
         if int(k) != k or k < 1:
             raise ValueError(f"Similarity.top_pairs: k must be a positive integer, got {k!r}")
@@ -313,6 +364,14 @@ class Similarity(ShowsSummary, Frozen):
         Returns
         -------
         networkx.MultiDiGraph
+
+        Examples
+        --------
+        >>> import skhead
+        >>> heads = skhead.load_heads("skhead/induction-2l")
+        >>> similarity = skhead.ProjectionKernel().fit_transform(heads)
+        >>> similarity.to_graph(5).number_of_edges()
+        15
         """
         from skhead.graph import wiring_graph
 
@@ -420,54 +479,23 @@ class Similarity(ShowsSummary, Frozen):
         Returns
         -------
         SimilarityDisplay
+
+        Examples
+        --------
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> import skhead
+        >>> heads = skhead.load_heads("skhead/induction-2l")
+        >>> similarity = skhead.ProjectionKernel().fit_transform(heads)
+        >>> similarity.plot("OK").ax_.get_title()
+        'OK'
         """
         from skhead.inspection import SimilarityDisplay
 
         return SimilarityDisplay.from_similarity(self, pair=pair, ax=ax)
 
     def _summary(self) -> Summary:
-        null, direction = "none", "large" if self.large_is_similar else "small"
-        if self.calibration is not None:
-            null = f"{self.calibration.null}, {self.calibration.side}-sided"
-        elif np.isfinite(self.null_mean).any():
-            null = "expectation between random subspaces"
-        facts = {
-            "heads": f"{len(self.rows):,} rows × {len(self.columns):,} columns",
-            "models": models_of(pd.concat([self.rows, self.columns]).drop_duplicates(_HEAD)),
-            "d_model": f"{self.d_model:,}",
-            "unit": f"{self.unit} ({direction} values are similar)",
-            "weights": processing(self.record),
-            "null": null,
-        }
-        kinds = [self._kind_facts(pair) for pair in self.pairs]
-        shown, caption = ["pair", "rank", "source", "target", "score"], "strongest pairs"
-        if self.calibration is not None:
-            shown += ["log10_p", "q"]
-            caption += ", scores before calibration"
-        return Summary(
-            facts,
-            [
-                Listing(f"pair kinds, each pair once, in {self.unit}", pd.DataFrame(kinds)),
-                Listing(caption, self.top_pairs(_SHOWN)[shown]),
-            ],
-        )
-
-    def _kind_facts(self, pair: str) -> dict[str, Any]:
-        values = self.listed(pair)
-        values = values[~np.isnan(values)]
-        mean, sd = reference_law(self, pair)
-        ends = (values.min(), values.max()) if values.size else (np.nan, np.nan)
-        middle = len(pair) // 2
-        return {
-            "pair": pair,
-            "of row": pair[:middle],
-            "of column": pair[middle:],
-            "defined": values.size,
-            "smallest": ends[0],
-            "largest": ends[1],
-            "random mean": mean,
-            "random sd": sd,
-        }
+        return similarity_summary(self)
 
     def __repr__(self) -> str:
         return (
@@ -500,25 +528,6 @@ def feature_names(pairs: Sequence[str], columns: pd.DataFrame) -> list[str]:
     """Names of 2-D features, such as ``"OQ:L4H7"``: pair kinds in turn, column heads in each."""
     labels = head_labels(columns)
     return [f"{pair}:{label}" for pair in pairs for label in labels]
-
-
-def reference_law(similarity: Similarity, pair: str) -> tuple[float, float]:
-    """Random mean and standard deviation of one pair kind, over its defined pairs.
-
-    Where ranks differ between heads the reference is a mixture: its variance is the mean of the
-    pairs' variances plus the variance of their means.
-    """
-    p = similarity.pairs.index(pair)
-    defined = ~np.isnan(similarity.listed(pair))
-    mean, sd = (
-        np.broadcast_to(values, similarity.values.shape)[:, :, p][defined]
-        for values in (similarity.null_mean, similarity.null_sd)
-    )
-    if mean.size == 0:
-        return float("nan"), float("nan")
-    if (mean == mean[0]).all() and (sd == sd[0]).all():
-        return float(mean[0]), float(sd[0])
-    return float(mean.mean()), float(np.sqrt(np.mean(sd**2) + np.var(mean)))
 
 
 def similarity_in(X: Any) -> Similarity | None:

@@ -229,6 +229,18 @@ class ContrastiveQKDecomposer(TransformerMixin, FeatureReader):
         Returns
         -------
         self
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import skhead
+        >>> rng = np.random.default_rng(0)
+        >>> Q = rng.normal(size=(400, 8))
+        >>> agreeing = 3 * Q[:200] * (np.arange(8) < 2) + rng.normal(size=(200, 8))
+        >>> others = rng.normal(size=(200, 8))
+        >>> decomposer = skhead.ContrastiveQKDecomposer(rank=2)
+        >>> decomposer.fit_pairs(Q[:200], agreeing, Q[200:], others).summary()["rank"].tolist()
+        [2]
         """
         return self.fit(QKPairs.from_pairs(Q_pos, K_pos, Q_neg, K_neg))
 
@@ -312,6 +324,17 @@ class ContrastiveQKDecomposer(TransformerMixin, FeatureReader):
         DataFrame
             Columns ``n_queries, n_pos, n_neg``, ``rank``, ``rank_share`` (of d_head), ``energy``,
             ``gap``, ``condition`` and ``null_threshold``.
+
+        Examples
+        --------
+        >>> import skhead
+        >>> from skhead.datasets import load_payload_head, make_payload_retrieval
+        >>> head = load_payload_head("d16-r3-r5")
+        >>> task = make_payload_retrieval(500, embeddings=head.embeddings, random_state=0)
+        >>> pairs = task.pairs(head)
+        >>> decomposer = skhead.ContrastiveQKDecomposer().fit(pairs)
+        >>> decomposer.summary()["rank"].to_dict()
+        {'z1': 3, 'z2': 5}
         """
         check_is_fitted(self, "decompositions_")
         rows = {
@@ -349,6 +372,17 @@ class ContrastiveQKDecomposer(TransformerMixin, FeatureReader):
         ------
         ValueError
             If a feature has pairs of one kind only.
+
+        Examples
+        --------
+        >>> import skhead
+        >>> from skhead.datasets import load_payload_head, make_payload_retrieval
+        >>> head = load_payload_head("d16-r3-r5")
+        >>> task = make_payload_retrieval(500, embeddings=head.embeddings, random_state=0)
+        >>> pairs = task.pairs(head)
+        >>> decomposer = skhead.ContrastiveQKDecomposer().fit(pairs)
+        >>> decomposer.score(pairs) > 0.9
+        True
         """
         check_is_fitted(self, "decompositions_")
         pairs = open_pairs(self, X, y, reset=False)

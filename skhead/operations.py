@@ -331,6 +331,15 @@ class OperationMapper(HeadEstimator):
         ------
         ValueError
             If a limit is outside of its range.
+
+        Examples
+        --------
+        >>> import skhead
+        >>> heads = skhead.load_heads("skhead/induction-2l")
+        >>> copying = [(token, token) for token in range(2, 66)]
+        >>> mapper = skhead.OperationMapper({"token_copying": copying}, source_embedding="raw")
+        >>> mapper.fit(heads).implementing()["head"].iloc[0]
+        'L1H1'
         """
         check_is_fitted(self)
         for name, value in (("threshold", threshold), ("fdr", fdr)):

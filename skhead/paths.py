@@ -92,6 +92,14 @@ class VirtualHeads(ShowsSummary):
         Returns
         -------
         reads, writes : ndarray of shape (d_model, d_head)
+
+        Examples
+        --------
+        >>> import skhead
+        >>> heads = skhead.load_heads("skhead/induction-2l")
+        >>> reads, writes = skhead.virtual_heads(heads, top=3).factors(0)
+        >>> reads.shape, writes.shape
+        ((128, 16), (128, 16))
         """
         return self.reads[i], self.ends[self.last[i], 2]
 
@@ -106,6 +114,14 @@ class VirtualHeads(ShowsSummary):
         -------
         ndarray of shape (n_paths, 4, d_model, d_head), float32
             W_Q, W_K, W_V and W_O transposed.
+
+        Examples
+        --------
+        >>> import skhead
+        >>> heads = skhead.load_heads("skhead/induction-2l")
+        >>> stack = skhead.virtual_heads(heads, top=3).stack()
+        >>> skhead.SubspaceExtractor().fit_transform(stack)
+        Subspaces(3 heads, roles Q K V O, d_model 128, ranks 16)
         """
         ends = self.ends[self.last]
         return np.stack([ends[:, 0], ends[:, 1], self.reads, ends[:, 2]], axis=1)

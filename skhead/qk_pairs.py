@@ -238,6 +238,16 @@ class QKPairs(ShowsSummary, Frozen):
         ------
         ValueError
             If there are not as many labels as queries, or not as many features.
+
+        Examples
+        --------
+        >>> import skhead
+        >>> from skhead.datasets import load_payload_head, make_payload_retrieval
+        >>> head = load_payload_head("d16-r3-r5")
+        >>> task = make_payload_retrieval(500, embeddings=head.embeddings, random_state=0)
+        >>> pairs = task.pairs(head).feature("z1")
+        >>> pairs.with_query_labels([0] * len(pairs))
+        QKPairs(d16-r3-r5: 500 queries, 8000 keys, d_head 16, z1: 980 positive, 7020 negative)
         """
         return replace(self, query_labels=labels)
 
@@ -257,6 +267,15 @@ class QKPairs(ShowsSummary, Frozen):
         ------
         ValueError
             If there is no such feature.
+
+        Examples
+        --------
+        >>> import skhead
+        >>> from skhead.datasets import load_payload_head, make_payload_retrieval
+        >>> head = load_payload_head("d16-r3-r5")
+        >>> task = make_payload_retrieval(500, embeddings=head.embeddings, random_state=0)
+        >>> task.pairs(head).feature("z1").features
+        ('z1',)
         """
         if name not in self.features:
             raise ValueError(f"QKPairs: has the features {', '.join(self.features)}, not {name!r}")
@@ -270,7 +289,17 @@ class QKPairs(ShowsSummary, Frozen):
         )
 
     def logits(self) -> NDArray[np.floating]:
-        """Attention scores of all pairs before the softmax, ``scale * q @ k``, ``(n_keys,)``."""
+        """Attention scores of all pairs before the softmax, ``scale * q @ k``, ``(n_keys,)``.
+
+        Examples
+        --------
+        >>> import skhead
+        >>> from skhead.datasets import load_payload_head, make_payload_retrieval
+        >>> head = load_payload_head("d16-r3-r5")
+        >>> task = make_payload_retrieval(500, embeddings=head.embeddings, random_state=0)
+        >>> task.pairs(head).logits().shape
+        (8000,)
+        """
         return self.scale * np.einsum("nd,nd->n", self.queries[self.query_index], self.keys)
 
     def __len__(self) -> int:

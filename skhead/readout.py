@@ -214,6 +214,14 @@ class SubspaceReadout(HeadEstimator):
         DataFrame
             Columns ``head``, ``rank`` (from 1), ``token``, ``text`` (if there is a vocabulary) and
             ``score``. Listed tokens of equal score come in the order of their ids.
+
+        Examples
+        --------
+        >>> import skhead
+        >>> heads = skhead.load_heads("skhead/induction-2l")
+        >>> readout = skhead.SubspaceReadout(role="O").fit(heads)
+        >>> readout.top_tokens(heads.loc[["L1H1"]], n_tokens=3).columns.tolist()
+        ['head', 'rank', 'token', 'score']
         """
         name = type(self).__name__
         wanted = self.n_tokens if n_tokens is None else n_tokens

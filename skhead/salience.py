@@ -236,6 +236,14 @@ class SalientOperations(HeadEstimator):
         ------
         HeadTableError, HeadShapeError, DegenerateHeadError
             As for `transform`, or if no unembedding was given for a stack.
+
+        Examples
+        --------
+        >>> import skhead
+        >>> heads = skhead.load_heads("skhead/induction-2l")
+        >>> salient = skhead.SalientOperations(n_salient=1, n_targets=2, source_embedding="raw")
+        >>> salient.fit(heads).mappings(heads).table["head"].nunique()
+        16
         """
         opened = self._checked(X)
         unembedding = self._considered(self._table("unembedding"))

@@ -145,6 +145,14 @@ class Subspaces(ShowsSummary, Frozen):
         ------
         HeadShapeError
             If the role was not extracted.
+
+        Examples
+        --------
+        >>> import skhead
+        >>> heads = skhead.load_heads("skhead/induction-2l")
+        >>> subspaces = skhead.SubspaceExtractor().fit_transform(heads)
+        >>> subspaces.role("K")
+        RoleBases(16 heads, 16 distinct bases, ranks 16, cpu)
         """
         if role not in self.bases:
             raise HeadShapeError(
@@ -164,6 +172,14 @@ class Subspaces(ShowsSummary, Frozen):
         Returns
         -------
         ndarray of shape (n_heads,), int64
+
+        Examples
+        --------
+        >>> import skhead
+        >>> heads = skhead.load_heads("skhead/induction-2l")
+        >>> subspaces = skhead.SubspaceExtractor().fit_transform(heads)
+        >>> subspaces.ranks("Q")[:4].tolist()
+        [16, 16, 16, 16]
         """
         basis = self.role(role)
         return basis.ranks[basis.index]
@@ -180,6 +196,16 @@ class Subspaces(ShowsSummary, Frozen):
         -------
         ndarray of shape (n_heads, d_model, max_rank)
             Orthonormal columns; those past a head's rank are zero.
+
+        Examples
+        --------
+        >>> import skhead
+        >>> heads = skhead.load_heads("skhead/induction-2l")
+        >>> subspaces = skhead.SubspaceExtractor().fit_transform(heads)
+        >>> import numpy as np
+        >>> bases = subspaces.numpy("O")
+        >>> bool(np.allclose(bases[3].T @ bases[3], np.eye(16), atol=1e-5))
+        True
         """
         basis = self.role(role)
         return basis.tensor.cpu().numpy()[basis.index]

@@ -92,6 +92,15 @@ class TermImportance(ShowsSummary):
         DataFrame
             Index ``term``, columns ``order`` (heads on the path, -1 for the uniform guess),
             ``loss`` and ``effect``. The effects add up to the model's loss.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import pandas as pd
+        >>> import skhead
+        >>> terms = skhead.TermImportance(1.5, np.array([3.0, 2.0, 1.5]), 4.0, None, 78)
+        >>> terms.to_frame()["effect"].to_dict()
+        {'uniform guess': 4.0, 'direct path': -1.0, 'individual heads': -1.0, 'virtual heads': -0.5}
         """
         names = ["uniform guess", "direct path", "individual heads", "virtual heads"]
         n_orders = len(self.order_losses)

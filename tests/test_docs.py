@@ -87,6 +87,11 @@ def _takes_parameters(value: Any) -> bool:
     return not (made or dataclasses.is_dataclass(value))
 
 
+#: Methods of scikit-learn's estimators and displays; the example of their class shows them in use.
+SHOWN_BY_CLASS = {
+    "decision_function", "fit", "fit_transform", "get_feature_names_out", "partial_fit", "plot",
+    "predict", "predict_proba", "set_output", "transform",
+}  # fmt: skip
 CALLED = [path for path, value in OBJECTS.items() if _takes_parameters(value)]
 GIVEN = [path for path in OBJECTS if path not in CALLED]
 
@@ -135,6 +140,23 @@ def test_api_reference_lists_the_public_names_and_no_others():
     listed = {f"skhead.{name}" for name in names}
     methods = {path for path in OBJECTS if path.rpartition(".")[0] in OBJECTS}
     assert listed == set(OBJECTS) - methods
+
+
+def _examples(value: Any) -> list[doctest.Example]:
+    return doctest.DocTestParser().get_examples(inspect.getdoc(value) or "")
+
+
+@pytest.mark.parametrize("path", [path for path in OBJECTS if ".exceptions." not in path])
+def test_every_public_name_has_an_example_that_runs(path):
+    """The examples themselves are run by ``pytest --doctest-modules skhead``."""
+    owner, _, name = path.rpartition(".")
+    examples = _examples(OBJECTS[path])
+    if not examples and owner in OBJECTS and name in SHOWN_BY_CLASS:
+        examples = _examples(OBJECTS[owner])
+        shown = "".join(example.source for example in examples)
+        assert re.search(r"\.(fit|fit_transform|from_\w+)\(", shown)
+    assert examples
+    assert not any(doctest.SKIP in example.options for example in examples)
 
 
 @pytest.mark.parametrize("path", CALLED)

@@ -66,6 +66,17 @@ class FeatureReader(SkheadEstimator):
         Returns
         -------
         ndarray of shape (n_keys, n_components)
+
+        Examples
+        --------
+        >>> import skhead
+        >>> from skhead.datasets import load_payload_head, make_payload_retrieval
+        >>> head = load_payload_head("d16-r3-r5")
+        >>> task = make_payload_retrieval(500, embeddings=head.embeddings, random_state=0)
+        >>> pairs = task.pairs(head)
+        >>> decomposer = skhead.ContrastiveQKDecomposer().fit(pairs)
+        >>> decomposer.transform_keys(pairs).shape
+        (8000, 8)
         """
         check_is_fitted(self, "decompositions_")
         found: NDArray[np.float64] = open_vectors(self, X, "keys") @ self.key_components_.T
@@ -89,6 +100,17 @@ class FeatureReader(SkheadEstimator):
         ------
         ValueError
             If there is no such feature.
+
+        Examples
+        --------
+        >>> import skhead
+        >>> from skhead.datasets import load_payload_head, make_payload_retrieval
+        >>> head = load_payload_head("d16-r3-r5")
+        >>> task = make_payload_retrieval(500, embeddings=head.embeddings, random_state=0)
+        >>> pairs = task.pairs(head)
+        >>> decomposer = skhead.ContrastiveQKDecomposer().fit(pairs)
+        >>> decomposer.key_subspace("z1").shape
+        (16, 3)
         """
         return self._subspace(names, "key_components")
 
@@ -116,6 +138,20 @@ class FeatureReader(SkheadEstimator):
         ------
         ValueError
             If two features have the same name, or a decomposer is of another head.
+
+        Examples
+        --------
+        >>> import skhead
+        >>> from skhead.datasets import load_payload_head, make_payload_retrieval
+        >>> head = load_payload_head("d16-r3-r5")
+        >>> task = make_payload_retrieval(500, embeddings=head.embeddings, random_state=0)
+        >>> pairs = task.pairs(head)
+        >>> decomposer = skhead.ContrastiveQKDecomposer().fit(pairs)
+        >>> table = decomposer.attribute(pairs[:2])
+        >>> table.columns.tolist()
+        ['query', 'z1', 'z2', 'residual', 'total']
+        >>> len(table)
+        32
         """
         check_is_fitted(self, "decompositions_")
         pairs = self._own(open_pairs(self, X, None, reset=False))
@@ -145,6 +181,18 @@ class FeatureReader(SkheadEstimator):
         ndarray of shape (n_queries,)
             ``1 - sum(residual**2) / sum(total**2)`` over its keys: 1 where nothing is left, NaN
             for a query without keys.
+
+        Examples
+        --------
+        >>> import skhead
+        >>> from skhead.datasets import load_payload_head, make_payload_retrieval
+        >>> head = load_payload_head("d16-r3-r5")
+        >>> task = make_payload_retrieval(500, embeddings=head.embeddings, random_state=0)
+        >>> pairs = task.pairs(head)
+        >>> decomposer = skhead.ContrastiveQKDecomposer().fit(pairs)
+        >>> share = decomposer.explained_share(pairs[:50])
+        >>> share.shape, bool(share.mean() > 0.8)
+        ((50,), True)
         """
         table = self.attribute(X, others)
         n_queries = len(X)
@@ -175,6 +223,19 @@ class FeatureReader(SkheadEstimator):
         ------
         ValueError
             If a row is named twice, or there is no such feature.
+
+        Examples
+        --------
+        >>> import skhead
+        >>> from skhead.datasets import load_payload_head, make_payload_retrieval
+        >>> head = load_payload_head("d16-r3-r5")
+        >>> task = make_payload_retrieval(500, embeddings=head.embeddings, random_state=0)
+        >>> pairs = task.pairs(head)
+        >>> decomposer = skhead.ContrastiveQKDecomposer().fit(pairs)
+        >>> import numpy as np
+        >>> swapped = decomposer.swap(pairs.keys, 0, 1, ["z1"])
+        >>> bool(np.allclose(swapped[0] + swapped[1], pairs.keys[0] + pairs.keys[1], atol=1e-4))
+        True
         """
         check_is_fitted(self, "decompositions_")
         changed = np.array(open_vectors(self, keys, "keys"))
@@ -235,6 +296,18 @@ class FeatureReader(SkheadEstimator):
             If X is no `QKPairs`.
         ValueError
             If no query has a key to exchange with.
+
+        Examples
+        --------
+        >>> import skhead
+        >>> from skhead.datasets import load_payload_head, make_payload_retrieval
+        >>> head = load_payload_head("d16-r3-r5")
+        >>> task = make_payload_retrieval(500, embeddings=head.embeddings, random_state=0)
+        >>> pairs = task.pairs(head)
+        >>> decomposer = skhead.ContrastiveQKDecomposer().fit(pairs)
+        >>> found = decomposer.intervene(pairs[:50], random_state=0)
+        >>> found.loc[["none", "z1"], "rank"].tolist()
+        [0, 3]
         """
         check_is_fitted(self, "decompositions_")
         caller = f"{self._name}.intervene"

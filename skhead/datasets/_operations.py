@@ -310,6 +310,15 @@ class FilteredOperations(NamedTuple):
         One row for every operation that was given: ``n_pairs``, ``n_kept``, ``n_source_dropped``
         and ``n_target_dropped`` (pairs whose source or target is not one token; some are both),
         ``n_targets`` (distinct ones among the kept) and ``used`` (whether enough were kept).
+
+    Examples
+    --------
+    >>> from skhead.datasets import filter_operations
+    >>> pairs = {"plural": [("cat", "cats"), ("ox", "oxen")]}
+    >>> numbers = {" cat": [1], " cats": [2], " ox": [3], " oxen": [4, 5]}
+    >>> found = filter_operations(pairs, numbers.get, min_pairs=1)
+    >>> found.operations, int(found.counts.loc["plural", "n_kept"])
+    ({'plural': [('cat', 'cats')]}, 1)
     """
 
     operations: dict[str, Pairs]

@@ -107,6 +107,15 @@ class PayloadRetrieval(ShowsSummary):
         -------
         skhead.QKPairs
             A query for each sequence, with the features "z1" and "z2", or "position" alone.
+
+        Examples
+        --------
+        >>> import skhead
+        >>> from skhead.datasets import load_payload_head, make_payload_retrieval
+        >>> head = load_payload_head("d16-r3-r5")
+        >>> task = make_payload_retrieval(500, embeddings=head.embeddings, random_state=0)
+        >>> task.pairs(head).features
+        ('z1', 'z2')
         """
         from skhead.qk_pairs import QKPairs
 

@@ -144,6 +144,15 @@ class PayloadHead(ShowsSummary):
         ------
         HeadShapeError
             If tokens have another width than the head reads.
+
+        Examples
+        --------
+        >>> import skhead
+        >>> from skhead.datasets import load_payload_head, make_payload_retrieval
+        >>> head = load_payload_head("d16-r3-r5")
+        >>> task = make_payload_retrieval(500, embeddings=head.embeddings, random_state=0)
+        >>> head.queries(task.query).shape
+        (500, 16)
         """
         return self._tokens(x) @ self.W_Q
 
@@ -162,6 +171,15 @@ class PayloadHead(ShowsSummary):
         ------
         HeadShapeError
             If tokens have another width than the head reads.
+
+        Examples
+        --------
+        >>> import skhead
+        >>> from skhead.datasets import load_payload_head, make_payload_retrieval
+        >>> head = load_payload_head("d16-r3-r5")
+        >>> task = make_payload_retrieval(500, embeddings=head.embeddings, random_state=0)
+        >>> head.keys(task.context).shape
+        (500, 16, 16)
         """
         return self._tokens(x) @ self.W_K
 
@@ -176,6 +194,16 @@ class PayloadHead(ShowsSummary):
         -------
         ndarray of shape (n_sequences, context)
             Rows sum to one.
+
+        Examples
+        --------
+        >>> import skhead
+        >>> from skhead.datasets import load_payload_head, make_payload_retrieval
+        >>> head = load_payload_head("d16-r3-r5")
+        >>> task = make_payload_retrieval(500, embeddings=head.embeddings, random_state=0)
+        >>> import numpy as np
+        >>> bool(np.allclose(head.attention(task).sum(axis=1), 1))
+        True
         """
         keys, queries = self.keys(task.context), self.queries(task.query)
         attention: NDArray[np.floating] = softmax(
@@ -193,6 +221,15 @@ class PayloadHead(ShowsSummary):
         Returns
         -------
         ndarray of shape (n_sequences,), int64
+
+        Examples
+        --------
+        >>> import skhead
+        >>> from skhead.datasets import load_payload_head, make_payload_retrieval
+        >>> head = load_payload_head("d16-r3-r5")
+        >>> task = make_payload_retrieval(500, embeddings=head.embeddings, random_state=0)
+        >>> head.predict(task).shape
+        (500,)
         """
         attended = np.einsum("nc,ncd->nd", self.attention(task), task.context)
         logits = attended @ self.W_V @ self.W_out
@@ -208,6 +245,15 @@ class PayloadHead(ShowsSummary):
         Returns
         -------
         float
+
+        Examples
+        --------
+        >>> import skhead
+        >>> from skhead.datasets import load_payload_head, make_payload_retrieval
+        >>> head = load_payload_head("d16-r3-r5")
+        >>> task = make_payload_retrieval(500, embeddings=head.embeddings, random_state=0)
+        >>> head.accuracy(task) > 0.9
+        True
         """
         return float(np.mean(self.predict(task) == task.target))
 

@@ -167,6 +167,13 @@ class LayerPermutation(ShowsSummary):
     null_scores : ndarray of shape (n_permutations,)
     p_value : float
         ``(1 + permutations that score as high) / (1 + n_permutations)``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skhead.metrics import LayerPermutation
+    >>> LayerPermutation(0.8, np.array([0.1, 0.3, 0.2]), 0.25)
+    LayerPermutation(score 0.8, p-value 0.25 of 3 permutations)
     """
 
     score: float

@@ -46,6 +46,14 @@ class MeanProjector:
     weights : ndarray of shape (n_bases,), float64
         Heads that use each basis; 0 for a basis left out of the mean.
     ranks : ndarray of shape (n_bases,), int64
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skhead.stats import mean_projector
+    >>> axes = np.eye(3)[:, :, None]
+    >>> mean_projector(axes).matrix.trace().item()
+    1.0
     """
 
     matrix: torch.Tensor
@@ -67,6 +75,14 @@ class AnisotropicMoments:
         The same of one column subspace.
     effective_dimension : float
         The dimension in which isotropic subspaces of the same ranks have this mean.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skhead.stats import anisotropic_moments
+    >>> isotropic = np.eye(768) * 64 / 768
+    >>> round(anisotropic_moments(isotropic, isotropic).mean, 4)
+    5.3333
     """
 
     mean: float

@@ -36,6 +36,14 @@ class EmpiricalNull:
     excess_kurtosis : float
         Of the values; 0 for normal ones. Far above it, only calls that outlast t tails deserve
         trust.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skhead.stats import fit_empirical_null
+    >>> null = fit_empirical_null(np.random.default_rng(0).normal(1.0, 2.0, 10_000))
+    >>> round(null.center, 1), round(null.scale, 1)
+    (1.0, 2.0)
     """
 
     center: float
@@ -63,6 +71,13 @@ class EmpiricalNull:
         ------
         ValueError
             If the tails are unknown.
+
+        Examples
+        --------
+        >>> from skhead.stats import EmpiricalNull
+        >>> null = EmpiricalNull(1.0, 2.0, t_center=1.0, t_scale=2.0, df=30.0, excess_kurtosis=0.0)
+        >>> null.z([1.0, 3.0, 5.0]).tolist()
+        [0.0, 1.0, 2.0]
         """
         x = np.asarray(values, dtype=np.float64)
         if tails == "normal":
@@ -95,6 +110,13 @@ class EmpiricalNull:
         ------
         ValueError
             If the side or the tails are unknown.
+
+        Examples
+        --------
+        >>> from skhead.stats import EmpiricalNull
+        >>> null = EmpiricalNull(1.0, 2.0, t_center=1.0, t_scale=2.0, df=30.0, excess_kurtosis=0.0)
+        >>> null.log_p([1.0, 5.0], side="upper").round(2).tolist()
+        [-0.69, -3.78]
         """
         z = self.z(values, tails)
         if side == "upper":
@@ -120,6 +142,14 @@ class LocalFDR:
         NaN where the p-value is.
     null_share : float
         Estimated share of null values, at most 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skhead.stats import local_fdr
+    >>> p = np.concatenate([np.full(20, 1e-6), np.linspace(0.001, 1, 980)])
+    >>> local_fdr(np.log(p)).values.shape
+    (1000,)
     """
 
     values: NDArray[np.float64]

@@ -20,6 +20,13 @@ class HaarMoments(NamedTuple):
         Third central moment, equal to the third cumulant.
     fourth_cumulant : ndarray
         NaN where ``d < 4``, for which the closed form does not hold.
+
+    Examples
+    --------
+    >>> from skhead.stats import haar_moments
+    >>> moments = haar_moments(64, 64, 768)
+    >>> moments.mean.round(4).item(), moments.variance.round(4).item()
+    (5.3333, 0.0117)
     """
 
     mean: NDArray[np.float64]

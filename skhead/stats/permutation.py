@@ -50,6 +50,22 @@ class PermutationResult:
         Mean over permutations.
     null_max, null_min : ndarray of shape (n_permutations,)
         Largest and smallest element under every permutation.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skhead.stats import label_permutation_test
+    >>> values = np.arange(8.0)
+    >>> members = values > 5
+    >>> result = label_permutation_test(
+    ...     lambda chosen: values[chosen].mean(),
+    ...     members,
+    ...     [0] * 8,
+    ...     n_permutations=99,
+    ...     random_state=0,
+    ... )
+    >>> result.statistic.item(), bool(result.p_value < 0.1)
+    (6.5, True)
     """
 
     statistic: NDArray[np.float64]

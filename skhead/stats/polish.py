@@ -35,6 +35,14 @@ class MedianPolish:
     n_iter : int
     converged : bool
         Whether the last sweep moved no effect by more than the tolerance.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skhead.stats import median_polish
+    >>> table = np.add.outer([0.0, 1.0, 2.0], [0.0, 10.0, 20.0])
+    >>> np.abs(median_polish(table).residuals).max().item()
+    0.0
     """
 
     overall: float
@@ -65,6 +73,14 @@ class MedianPolish:
         ------
         HeadShapeError
             If the number of columns differs.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from skhead.stats import median_polish
+        >>> fitted = median_polish(np.add.outer([0.0, 1.0, 2.0], [0.0, 10.0, 20.0]))
+        >>> fitted.residuals_of(np.array([[5.0, 15.0, 26.0]])).tolist()
+        [[0.0, 0.0, 1.0]]
         """
         table = _table(values, "MedianPolish.residuals_of")
         if table.shape[1] != len(self.column_effects):

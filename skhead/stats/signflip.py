@@ -27,6 +27,14 @@ class SignflipMoments(NamedTuple):
     ----------
     mean, variance : ndarray of shape (n_rows, n_columns), float64
         In units of squared cosines and their squares.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from skhead.stats import signflip_moments
+    >>> diagonal = torch.tensor([[[0.6], [0.8]]])
+    >>> signflip_moments(diagonal, diagonal)._fields
+    ('mean', 'variance')
     """
 
     mean: NDArray[np.float64]
