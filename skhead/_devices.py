@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 
+from skhead._callers import users_level
 from skhead.exceptions import MemoryBudgetError
 from skhead.linalg.devices import is_out_of_memory, supports_float64
 
@@ -157,7 +158,7 @@ def halved(size: int, reason: str, caller: str, what: str, *, smallest: int = 1)
         f"{caller}: the device is out of memory with a {what.format(size)} ({reason}); trying "
         f"again with a {what.format(less)}",
         UserWarning,
-        stacklevel=3,
+        stacklevel=users_level(),
     )
     return less
 
