@@ -260,10 +260,9 @@ def check_heads(heads: pd.DataFrame, caller: str) -> pd.DataFrame:
         raise HeadTableError(f"{caller}: the heads table is empty: it has no rows.")
     index = heads.index.copy()
     index.names = [None] * index.nlevels
-    checked = pd.DataFrame(index=index)
-    checked["source"] = _sources_column(heads, caller).set_axis(index)
-    for name in _INTEGER_COLUMNS:
-        checked[name] = _integer_column(heads, name, caller)
+    columns: dict[str, Any] = {"source": _sources_column(heads, caller)}
+    columns |= {name: _integer_column(heads, name, caller) for name in _INTEGER_COLUMNS}
+    checked = pd.DataFrame(columns, index=index)
     beyond = checked["layer"] >= checked["n_layers"]
     if beyond.any():
         row = checked[beyond].iloc[0]
@@ -279,18 +278,20 @@ def check_heads(heads: pd.DataFrame, caller: str) -> pd.DataFrame:
     return checked
 
 
-def _sources_column(heads: pd.DataFrame, caller: str) -> pd.Series:
+def _sources_column(heads: pd.DataFrame, caller: str) -> Any:
     for label, value in heads["source"].items():
         if not isinstance(value, str) or not value:
             raise HeadTableError(
                 f"{caller}: row {label!r} of the heads table has source {value!r}."
             )
-    return heads["source"]
+    return heads["source"].array
 
 
 def _integer_column(heads: pd.DataFrame, name: str, caller: str) -> np.ndarray:
     least = 1 if name in ("n_layers", "d_model", "d_head") else 0
     column = heads[name]
+    if column.dtype.kind == "i" and column.to_numpy().min() >= least:
+        return column.to_numpy(dtype=np.int64)
     numbers = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
     wrong = ~np.isfinite(numbers) | (numbers != np.floor(numbers)) | (numbers < least)
     if wrong.any():
