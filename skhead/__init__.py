@@ -63,7 +63,7 @@ _EXPORTS = {
     "write_edges": "skhead.graph",
     "write_graphml": "skhead.graph",
 }
-_MODULES = ("datasets", "exceptions", "inspection", "metrics", "stats")
+_MODULES = ("base", "datasets", "exceptions", "inspection", "metrics", "stats", "testing")
 
 __all__ = sorted([*_EXPORTS, *_MODULES, "__version__"])
 

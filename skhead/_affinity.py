@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from sklearn.base import TransformerMixin
-from sklearn.utils import Tags
 from sklearn.utils._set_output import _get_output_config
 from sklearn.utils.validation import check_is_fitted
 
@@ -19,6 +18,7 @@ from skhead._callers import users_level
 from skhead._classes import Targets, open_targets
 from skhead._estimators import SkheadEstimator
 from skhead._progress import reports_fit
+from skhead._tags import HeadEstimatorTags, HeadTags, declare
 from skhead.containers import Similarity, head_codes, similarity_in
 from skhead.exceptions import HeadShapeError, ProvenanceMismatchError
 from skhead.stats.affinity import AGGREGATES, affinity_weights, class_affinity
@@ -179,11 +179,11 @@ class ClassAffinity(TransformerMixin, SkheadEstimator):
         names = [f"{c}:{pair}" for c in self.classes_ for pair in self.pairs_]
         return np.asarray(names, dtype=object)
 
-    def __sklearn_tags__(self) -> Tags:
+    def __sklearn_tags__(self) -> HeadEstimatorTags:
         tags = super().__sklearn_tags__()
         tags.target_tags.required = True
         tags.input_tags.two_d_array = False
-        return tags
+        return declare(tags, HeadTags(("similarity",)))
 
     def _fit(self, given: Any, y: Any, name: str) -> Targets:
         check_option("aggregate", self.aggregate, AGGREGATES, name)

@@ -8,18 +8,18 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
 from sklearn.base import TransformerMixin
-from sklearn.utils import Tags
 
 from skhead._devices import default_device, halved, naming_full_device
 from skhead._estimators import SkheadEstimator
 from skhead._progress import progress_bar, progress_fraction
+from skhead._tags import HeadEstimatorTags, HeadTags, declare
 from skhead.containers import RoleBases, Subspaces, head_codes
 from skhead.exceptions import DegenerateHeadError, HeadShapeError, ProvenanceMismatchError
 from skhead.linalg.bases import orthonormal_bases
@@ -61,16 +61,38 @@ _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
 
 
 class HeadEstimator(TransformerMixin, SkheadEstimator):
-    """Base of estimators whose samples are attention heads."""
+    """Base of transformers whose samples are attention heads.
 
+    Subclasses say in the class variable `head_tags` what they take and what their results do not
+    depend on; `skhead.testing.check_head_estimator` holds them to it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skhead.base import HeadEstimator, HeadTags, validate_heads
+    >>> class SquaredNorm(HeadEstimator):
+    ...     head_tags = HeadTags(doors=("table", "stack"), invariant_to=("rotation",))
+    ...
+    ...     def fit(self, X, y=None):
+    ...         validate_heads(self, X, "O", reset=True)
+    ...         return self
+    ...
+    ...     def transform(self, X):
+    ...         heads = validate_heads(self, X, "O", reset=False)
+    ...         return heads.matrices.square().sum((1, 2)).numpy()[:, None]
+    >>> SquaredNorm().fit_transform(np.ones((3, 8, 2))).ravel().tolist()
+    [16.0, 16.0, 16.0]
+    """
+
+    head_tags: ClassVar[HeadTags] = HeadTags()
     d_model_: int
 
-    def __sklearn_tags__(self) -> Tags:
+    def __sklearn_tags__(self) -> HeadEstimatorTags:
         tags = super().__sklearn_tags__()
         tags.input_tags.two_d_array = False
         tags.input_tags.three_d_array = True
         tags.target_tags.required = False
-        return tags
+        return declare(tags, self.head_tags)
 
     def _check_width(self, d_model: int) -> None:
         """Refuse heads of another model width than the fitted one."""

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from sklearn.utils import Tags, TransformerTags
+from sklearn.utils import TransformerTags
 from sklearn.utils._set_output import _get_output_config
 from sklearn.utils.validation import check_is_fitted
 
@@ -43,6 +43,7 @@ from skhead._compared import (
 from skhead._devices import check_device, with_less_memory
 from skhead._distributed import measure_in_workers, workers_share
 from skhead._progress import progress_fraction, reports_fit
+from skhead._tags import HeadEstimatorTags, HeadTags
 from skhead._tiling import Factors
 from skhead.containers import Similarity, Subspaces, feature_names
 from skhead.exceptions import HeadShapeError
@@ -84,7 +85,7 @@ class PairwiseKernel(HeadEstimator):
             parse_bytes(self.max_memory, name)
         return check_pairs(self.pairs, self._allowed_pairs, name)
 
-    def __sklearn_tags__(self) -> Tags:
+    def __sklearn_tags__(self) -> HeadEstimatorTags:
         tags = super().__sklearn_tags__()
         tags.transformer_tags = TransformerTags(preserves_dtype=["float32"])
         return tags
@@ -210,6 +211,11 @@ class SharedKernel(PairwiseKernel):
 
 class SubspaceKernel(SharedKernel):
     """What kernels of orthonormal bases share: the door, the fit and the form of the result."""
+
+    head_tags = HeadTags(
+        ("table", "subspaces", "roles", "stack"),
+        invariant_to=("rotation", "head_rotation", "gauge", "scale"),
+    )
 
     @reports_fit
     def fit(self, X: Any, y: Any = None) -> SubspaceKernel:
@@ -353,6 +359,9 @@ class SubspaceKernel(SharedKernel):
 class MatrixKernel(SharedKernel):
     """What kernels of the heads' matrices share: the door, the fit and the form of the result."""
 
+    head_tags = HeadTags(
+        ("table", "roles", "stack"), invariant_to=("rotation", "head_rotation", "scale")
+    )
     fold_norm: bool
     center: bool
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from sklearn.base import TransformerMixin
-from sklearn.utils import Tags, TransformerTags
+from sklearn.utils import TransformerTags
 from sklearn.utils._set_output import _get_output_config
 from sklearn.utils.validation import (
     _check_feature_names_in,
@@ -33,6 +33,7 @@ from skhead._nulls import (
     plain_scores,
 )
 from skhead._progress import progress_of_calls, reports_fit
+from skhead._tags import HeadEstimatorTags, HeadTags, declare
 from skhead.containers import Calibration, Similarity, feature_names, similarity_in
 from skhead.exceptions import HeadShapeError, ProvenanceMismatchError
 from skhead.stats import (
@@ -237,11 +238,12 @@ class NullCalibrator(TransformerMixin, SkheadEstimator):
             return np.asarray(_check_feature_names_in(self, input_features), dtype=object)
         return np.asarray(feature_names(self.pairs_, self._columns), dtype=object)
 
-    def __sklearn_tags__(self) -> Tags:
+    def __sklearn_tags__(self) -> HeadEstimatorTags:
         tags = super().__sklearn_tags__()
         tags.input_tags.positive_only = True
         tags.transformer_tags = TransformerTags(preserves_dtype=["float32"])
-        return tags
+        sized = self.d_model is not None and self.rank is not None
+        return declare(tags, HeadTags(("similarity", "matrix") if sized else ("similarity",)))
 
     def _make_law(self) -> NullLaw:
         by_layer = self.groups == "layer"

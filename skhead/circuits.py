@@ -27,6 +27,7 @@ from skhead._circuits.scores import GROUPS, identity_parts
 from skhead._circuits.surroundings import ModelReader, Reading
 from skhead._devices import check_device, resolve_device, with_less_memory
 from skhead._progress import reports_fit
+from skhead._tags import HeadTags
 from skhead.exceptions import CheckpointError, DegenerateHeadError, HeadShapeError
 from skhead.weights import HEAD_COLUMNS, check_heads, head_labels
 
@@ -168,6 +169,10 @@ class CircuitScorer(HeadEstimator):
     >>> features.shape, features["induction_strength"].idxmax()
     ((16, 2), 'L1H1')
     """
+
+    head_tags = HeadTags(
+        ("table", "roles"), invariant_to=("rotation", "head_rotation", "gauge"), any_width=True
+    )
 
     def __init__(
         self,

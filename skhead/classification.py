@@ -14,7 +14,6 @@ from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from skhead._affinity import LEAST, ClassAffinity
@@ -22,6 +21,7 @@ from skhead._base import check_option
 from skhead._classes import open_targets
 from skhead._estimators import SkheadEstimator
 from skhead._progress import reports_fit
+from skhead._tags import HeadEstimatorTags, HeadTags, declare
 from skhead.containers import Similarity, similarity_in
 from skhead.exceptions import HeadShapeError
 from skhead.stats.platt import fit_sigmoids
@@ -288,10 +288,10 @@ class HeadClassifier(ClassifierMixin, SkheadEstimator):
         order = found[found.columns[-1]].abs().sort_values(ascending=False, kind="stable").index
         return found.loc[order].reset_index(drop=True)
 
-    def __sklearn_tags__(self) -> Tags:
+    def __sklearn_tags__(self) -> HeadEstimatorTags:
         tags = super().__sklearn_tags__()
         tags.classifier_tags.multi_label = True
-        return tags
+        return declare(tags, HeadTags(("similarity", "matrix")))
 
     def _class_affinity(self) -> ClassAffinity:
         return ClassAffinity(

@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from sklearn.base import TransformerMixin
 from sklearn.metrics import roc_auc_score
-from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
 
 from skhead._base import check_option
@@ -23,6 +22,7 @@ from skhead._qk.decomposition import FeatureSums, Solver
 from skhead._qk.doors import generator, open_pairs, open_vectors, refuse_not_finite
 from skhead._qk.reading import FeatureReader
 from skhead._qk.weights import WEIGHTINGS, classes_asked
+from skhead._tags import HeadEstimatorTags, HeadTags, declare
 from skhead.exceptions import NoContrastError
 from skhead.qk_pairs import QKPairs
 
@@ -569,10 +569,10 @@ class ContrastiveQKDecomposer(TransformerMixin, FeatureReader):
         found: int | float | str = rank
         return found
 
-    def __sklearn_tags__(self) -> Tags:
+    def __sklearn_tags__(self) -> HeadEstimatorTags:
         tags = super().__sklearn_tags__()
         tags.target_tags.required = True
-        return tags
+        return declare(tags, HeadTags(("pairs",)))
 
 
 def _label_text(label: Any) -> str:

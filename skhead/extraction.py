@@ -21,6 +21,7 @@ from skhead._base import (
 )
 from skhead._devices import check_device
 from skhead._progress import reports_fit
+from skhead._tags import HeadTags
 from skhead.containers import Subspaces
 from skhead.exceptions import HeadShapeError
 
@@ -81,6 +82,10 @@ class SubspaceExtractor(HeadEstimator, auto_wrap_output_keys=None):  # type: ign
     >>> skhead.SubspaceExtractor(roles="OK", rank=0.9).fit_transform(heads).roles
     ('O', 'K')
     """
+
+    head_tags = HeadTags(
+        ("table", "roles", "stack"), invariant_to=("head_rotation", "gauge", "scale")
+    )
 
     def __init__(
         self,

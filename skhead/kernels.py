@@ -19,6 +19,7 @@ from skhead._base import (
 from skhead._compared import Compared, Law, Measured, Sides, expand, forward_spans
 from skhead._pairwise import LAYER_ORDERS, MatrixKernel, SubspaceKernel
 from skhead._progress import reports_fit
+from skhead._tags import HeadTags
 from skhead._tiling import Factors
 from skhead.exceptions import DegenerateHeadError, HeadShapeError
 from skhead.linalg.factored import map_factors
@@ -201,6 +202,9 @@ class CompositionScore(MatrixKernel):
     [['OK', 1]]
     """
 
+    head_tags = HeadTags(
+        ("table", "roles"), invariant_to=("rotation", "head_rotation", "gauge", "scale")
+    )
     _options: ClassVar = {
         "layer_order": LAYER_ORDERS,
         "matmul_precision": MATMUL_PRECISIONS,

@@ -21,6 +21,7 @@ from skhead._inputs import Processing, SourceHeads, of_sources
 from skhead._operations.pairs import token_pairs
 from skhead._operations.scoring import OperationRanks, Reading, rank_operations
 from skhead._progress import reports_fit
+from skhead._tags import HeadTags
 from skhead._tokenizers import tokenizer_size
 from skhead.exceptions import HeadShapeError
 from skhead.stats import adjust_log_p
@@ -185,6 +186,10 @@ class OperationMapper(HeadEstimator):
     >>> mapper.scores_.shape, mapper.lift_["token_copying"].idxmax()
     ((16, 2), 'L1H1')
     """
+
+    head_tags = HeadTags(
+        ("table",), invariant_to=("rotation", "head_rotation", "gauge", "scale"), any_width=True
+    )
 
     def __init__(
         self,

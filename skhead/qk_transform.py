@@ -12,6 +12,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from skhead._estimators import SkheadEstimator
 from skhead._progress import reports_fit
+from skhead._tags import HeadEstimatorTags, HeadTags, declare
 from skhead.exceptions import HeadShapeError
 from skhead.qk_pairs import QKPairs
 
@@ -62,6 +63,11 @@ class QKTransformer(  # type: ignore[call-arg]
     def __init__(self, queries: Any = None, keys: Any = None) -> None:
         self.queries = queries
         self.keys = keys
+
+    def __sklearn_tags__(self) -> HeadEstimatorTags:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array = False
+        return declare(tags, HeadTags(("pairs",)))
 
     @reports_fit
     def fit(self, X: QKPairs, y: Any = None) -> QKTransformer:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from sklearn.utils import Tags, TransformerTags
+from sklearn.utils import TransformerTags
 from sklearn.utils.validation import check_is_fitted
 
 from skhead._base import (
@@ -25,6 +25,7 @@ from skhead._checks import check_count
 from skhead._devices import check_device
 from skhead._inputs import Processing, check_ids, token_columns, token_matrix, token_texts
 from skhead._progress import progress_bar, reports_fit
+from skhead._tags import HeadEstimatorTags, HeadTags
 from skhead.containers import Subspaces
 from skhead.exceptions import HeadShapeError, HeadTableError
 from skhead.linalg.precision import fast_float32_matmul
@@ -101,6 +102,12 @@ class SubspaceReadout(HeadEstimator):
     [['L1H0', 1, 65], ['L1H0', 2, 66]]
     """
 
+    head_tags = HeadTags(
+        ("table", "subspaces", "roles", "stack"),
+        invariant_to=("rotation", "head_rotation", "gauge", "scale"),
+        one_model=True,
+    )
+
     def __init__(
         self,
         role: str = "O",
@@ -126,7 +133,7 @@ class SubspaceReadout(HeadEstimator):
         self.center = center
         self.device = device
 
-    def __sklearn_tags__(self) -> Tags:
+    def __sklearn_tags__(self) -> HeadEstimatorTags:
         tags = super().__sklearn_tags__()
         tags.transformer_tags = TransformerTags(preserves_dtype=["float32"])
         return tags

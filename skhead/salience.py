@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from sklearn.utils import Tags, TransformerTags
+from sklearn.utils import TransformerTags
 from sklearn.utils.validation import check_is_fitted
 
 from skhead._base import HeadEstimator, HeadInput, check_option, open_door
@@ -27,6 +27,7 @@ from skhead._inputs import (
 )
 from skhead._progress import progress_bar, reports_fit
 from skhead._salient import DIRECTIONS, SalientMappings
+from skhead._tags import HeadEstimatorTags, HeadTags
 from skhead._tokenizers import as_vocabulary
 from skhead.exceptions import DegenerateHeadError, HeadShapeError, HeadTableError
 from skhead.linalg.salience import largest_in_rows, largest_products, map_gains, written_vectors
@@ -112,6 +113,10 @@ class SalientOperations(HeadEstimator):
     [['L1H1', 1, 1], ['L1H1', 1, 2], ['L1H1', 2, 1], ['L1H1', 2, 2]]
     """
 
+    head_tags = HeadTags(
+        ("table", "roles"), invariant_to=("rotation", "head_rotation", "gauge"), one_model=True
+    )
+
     def __init__(
         self,
         n_salient: int = 15,
@@ -133,7 +138,7 @@ class SalientOperations(HeadEstimator):
         self.fold_norm = fold_norm
         self.device = device
 
-    def __sklearn_tags__(self) -> Tags:
+    def __sklearn_tags__(self) -> HeadEstimatorTags:
         tags = super().__sklearn_tags__()
         tags.transformer_tags = TransformerTags(preserves_dtype=["float32"])
         return tags

@@ -15,6 +15,7 @@ from skhead._base import ANONYMOUS, HeadInput, defined_pairs
 from skhead._compared import check_same_kind, expand, open_weights, refuse_zero
 from skhead._pairwise import ROLE_PAIRS, PairwiseKernel
 from skhead._progress import reports_fit
+from skhead._tags import HeadTags
 from skhead.containers import Similarity
 from skhead.linalg.alignments import map_singular_values, singular_values, unit_stack
 
@@ -97,6 +98,12 @@ class SpectrumSimilarity(PairwiseKernel):
     """
 
     _allowed_pairs: ClassVar = (*ROLE_PAIRS, *(a + b for a in _MAPS for b in _MAPS))
+
+    head_tags = HeadTags(
+        ("table", "roles", "stack"),
+        invariant_to=("rotation", "head_rotation", "scale"),
+        any_width=True,
+    )
 
     def __init__(
         self,

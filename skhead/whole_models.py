@@ -14,16 +14,16 @@ from joblib import Memory
 from joblib import hash as joblib_hash
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, TransformerMixin, clone
-from sklearn.utils import Tags
 from sklearn.utils._set_output import _get_output_config
 from sklearn.utils.validation import check_is_fitted
 
 from skhead import __version__
 from skhead._estimators import SkheadEstimator
 from skhead._progress import reports_fit
+from skhead._tags import HeadEstimatorTags, HeadTags, declare
 from skhead.containers import Similarity, feature_names, head_codes
 from skhead.exceptions import HeadTableError
-from skhead.weights import check_heads, head_labels, load_heads
+from skhead.weights import check_heads, load_heads
 
 __all__ = ["WholeModelSimilarity"]
 
@@ -142,10 +142,10 @@ class WholeModelSimilarity(TransformerMixin, SkheadEstimator):
         check_is_fitted(self)
         return np.asarray(feature_names(self.pairs_, self.reference_heads_), dtype=object)
 
-    def __sklearn_tags__(self) -> Tags:
+    def __sklearn_tags__(self) -> HeadEstimatorTags:
         tags = super().__sklearn_tags__()
         tags.input_tags.two_d_array = False
-        return tags
+        return declare(tags, HeadTags(("table",)))
 
     def _of_models(self, sources: Sequence[str]) -> Similarity:
         memory = self.memory
@@ -192,10 +192,10 @@ class WholeModelSimilarity(TransformerMixin, SkheadEstimator):
         codes, given = head_codes(whole.rows, heads)
         unknown = np.flatnonzero(given >= len(codes))
         if len(unknown):
-            label = head_labels(heads)[unknown[0]]
+            row = heads.iloc[unknown[0]]
             raise HeadTableError(
-                f"{type(self).__name__}: {label} does not exist in "
-                f"{heads['source'].iloc[unknown[0]]}. Make the table again with load_heads."
+                f"{type(self).__name__}: row L{row['layer']}H{row['head']} of the heads table does "
+                f"not exist in {row['source']}. Make the table again with load_heads."
             )
         return given
 

@@ -20,7 +20,17 @@ import skhead
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-MODULES = ("datasets", "exceptions", "graph", "inspection", "metrics", "report", "stats")
+MODULES = (
+    "base",
+    "datasets",
+    "exceptions",
+    "graph",
+    "inspection",
+    "metrics",
+    "report",
+    "stats",
+    "testing",
+)
 BUILT = {"_build", "gallery", "generated"}
 DOCTEST_FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 #: numpydoc's codes: documented at all, no parameter missing, none unknown, in the right order.

@@ -159,5 +159,7 @@ def test_bad_heads(heads):
         whole.fit(np.zeros((3, 4, 2)))
     whole.fit(heads)
     stranger = heads.iloc[[0]].assign(head=12)
-    with pytest.raises(HeadTableError, match="L0H0 does not exist in skhead/induction-2l"):
+    with pytest.raises(
+        HeadTableError, match="row L0H0 of the heads table does not exist in skhead/induction-2l"
+    ):
         whole.transform(stranger)
