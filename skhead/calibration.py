@@ -250,7 +250,7 @@ class NullCalibrator(TransformerMixin, SkheadEstimator):
         shrinkage = (0.5 if by_layer else 0.0) if self.shrinkage is None else self.shrinkage
         if not 0 <= shrinkage <= 1:
             raise ValueError(
-                f"NullCalibrator: shrinkage must lie between 0 and 1, got {shrinkage!r}"
+                f"{type(self).__name__}: shrinkage must lie between 0 and 1, got {shrinkage!r}"
             )
         laws: dict[str, Callable[[], NullLaw]] = {
             "haar": lambda: HaarNull(0 if self.random_state is None else self.random_state),
@@ -281,8 +281,8 @@ class NullCalibrator(TransformerMixin, SkheadEstimator):
         composition = X.unit.startswith("composition") and not X.unit.endswith("difference")
         if not (X.unit.startswith("pk") or (composition and self.null == "empirical")):
             raise ValueError(
-                f"NullCalibrator: null={self.null!r} is a law of the projection kernel, and these "
-                f"are values of unit {X.unit!r}; calibrate the output of ProjectionKernel"
+                f"{type(self).__name__}: null={self.null!r} is a law of the projection kernel, "
+                f"and these are values of unit {X.unit!r}; calibrate the output of ProjectionKernel"
             )
         if X.unit.startswith("pk"):
             for p in range(len(X.pairs)):
@@ -293,14 +293,14 @@ class NullCalibrator(TransformerMixin, SkheadEstimator):
         """A plain array as similarities between heads without names."""
         if self.d_model is None or self.rank is None:
             raise ValueError(
-                "NullCalibrator: a plain array says neither in which dimension nor of which ranks "
-                "its subspaces are; give d_model= and rank=, or pass a Similarity"
+                f"{type(self).__name__}: a plain array says neither in which dimension nor of "
+                "which ranks its subspaces are; give d_model= and rank=, or pass a Similarity"
             )
         pair = tuple(self.rank) if isinstance(self.rank, tuple | list) else (self.rank,) * 2
         if len(pair) != 2 or not all(1 <= r <= self.d_model for r in pair):
             raise ValueError(
-                f"NullCalibrator: rank={self.rank!r} must be one or two integers between 1 and "
-                f"d_model={self.d_model}"
+                f"{type(self).__name__}: rank={self.rank!r} must be one or two integers between "
+                f"1 and d_model={self.d_model}"
             )
         row_ranks, column_ranks = (
             np.full((n, 1), r, dtype=np.int64) for n, r in zip(array.shape, pair, strict=True)
@@ -363,7 +363,7 @@ class NullCalibrator(TransformerMixin, SkheadEstimator):
             i, j = np.argwhere(wrong)[0]
             ranks = int(similarity.row_ranks[i, p]), int(similarity.column_ranks[j, p])
             raise HeadShapeError(
-                f"NullCalibrator: {similarity.pairs[p]} of {similarity.row_labels[i]} and "
+                f"{type(self).__name__}: {similarity.pairs[p]} of {similarity.row_labels[i]} and "
                 f"{similarity.column_labels[j]} is {scores[i, j]:.6g}, and a projection kernel of "
                 f"ranks {ranks[0]} and {ranks[1]} lies between 0 and {min(ranks)}; pass kernels as "
                 "ProjectionKernel gives them, with their true ranks"

@@ -114,8 +114,8 @@ class QKTransformer(  # type: ignore[call-arg]
         self._check(X)
         if X.d_head != self.n_features_in_:
             raise HeadShapeError(
-                f"QKTransformer: was fitted on d_head {self.n_features_in_}, and these pairs have "
-                f"{X.d_head}"
+                f"{type(self).__name__}: was fitted on d_head {self.n_features_in_}, and these "
+                f"pairs have {X.d_head}"
             )
         queries, keys = (
             values if fitted is None else np.asarray(fitted.transform(values))
@@ -123,12 +123,11 @@ class QKTransformer(  # type: ignore[call-arg]
         )
         return replace(X, queries=queries, keys=keys)
 
-    @staticmethod
-    def _check(X: Any) -> None:
+    def _check(self, X: Any) -> None:
         if not isinstance(X, QKPairs):
             raise TypeError(
-                f"QKTransformer: takes QKPairs, got {type(X).__name__}; a transformer of arrays "
-                "can stand in the pipeline itself"
+                f"{type(self).__name__}: takes QKPairs, got {type(X).__name__}; a transformer of "
+                "arrays can stand in the pipeline itself"
             )
 
 

@@ -373,7 +373,7 @@ class GrassmannDistance(SubspaceKernel):
         pairs = super()._check_parameters()
         if self.output == "similarity" and self.metric == "martin":
             raise ValueError(
-                "GrassmannDistance: output='similarity' needs a largest distance, and "
+                f"{type(self).__name__}: output='similarity' needs a largest distance, and "
                 "metric='martin' has none; use output='distance' or another metric"
             )
         return pairs
