@@ -7,8 +7,14 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# The same few examples at every run, or with SKHEAD_HYPOTHESIS=thorough many new ones.
+settings.register_profile("quick", max_examples=5, deadline=None, derandomize=True)
+settings.register_profile("thorough", max_examples=400, deadline=None)
+settings.load_profile(os.environ.get("SKHEAD_HYPOTHESIS", "quick"))
 
 
 @pytest.fixture(scope="session")
