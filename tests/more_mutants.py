@@ -30,14 +30,14 @@ from skhead.exceptions import (
 @breaks("check_order_of_heads")
 class LooksAtFirstHead(Kernel):
     def fit(self, X, y=None):
-        self._first = int(X["head"].iloc[0]) if isinstance(X, pd.DataFrame) else 0
+        self._first = int(X["head"].iloc[0]) if isinstance(X, pd.DataFrame) and len(X) else 0
         return super().fit(X)
 
     def found(self, result, X):
         return times(result, 1 + 0.01 * self._first)
 
 
-@breaks("check_subset_of_heads", "check_two_models")
+@breaks("check_subset_of_heads", "check_two_models", "check_set_output_pandas")
 class CountsRows(Kernel):
     def found(self, result, X):
         return times(result, 1 + 0.01 * len(result))
@@ -70,31 +70,31 @@ class Added(Kernel):
         return replace(result, values=(result.values + self._more).astype(np.float32))
 
 
-#: Takes subspaces without saying so, as weights cannot be had from them.
-_UNDECLARED = "check_extracted_first"
+#: Takes subspaces without saying so, and adds to no data frame.
+_ALONG = ("check_extracted_first", "check_set_output_pandas")
 
 
-@breaks("check_rotation", _UNDECLARED)
+@breaks("check_rotation", *_ALONG)
 class LooksAtCoordinate(Added):
     def number(self, X):
         return float((self.reference_.numpy("O")[:, 0] ** 2).sum())
 
 
-@breaks("check_head_rotation", "check_gauge", _UNDECLARED)
+@breaks("check_head_rotation", "check_gauge", *_ALONG)
 class LooksAtColumn(Added):
     def number(self, X):
         stack = skhead.load_weights(X, "O")
         return float(((stack[:, :, 0] ** 2).sum(1) / (stack**2).sum((1, 2))).sum())
 
 
-@breaks("check_gauge", _UNDECLARED)
+@breaks("check_gauge", *_ALONG)
 class LooksAtSpectrum(Added):
     def number(self, X):
         values = np.linalg.svd(skhead.load_weights(X, "O"), compute_uv=False)
         return float((values[:, 0] / values.sum(1)).sum())
 
 
-@breaks("check_scale", _UNDECLARED)
+@breaks("check_scale", *_ALONG)
 class LooksAtNorm(Added):
     def number(self, X):
         v, o = (skhead.load_weights(X, role) for role in "VO")
@@ -155,7 +155,7 @@ class Excuses(Kernel):
 
 @breaks("check_weights_that_are_not_finite", "check_nan_head_is_named",
         "check_infinite_head_is_named")  # fmt: skip
-class ExcusesNaN(Excuses):
+class ExcusesDamage(Excuses):
     excused = (DegenerateHeadError, "NaN")
 
 
@@ -272,7 +272,7 @@ class NumbersRows(ProjectionKernel):
         return found.reset_index(drop=True) if isinstance(found, pd.DataFrame) else found
 
 
-@breaks("check_pipeline", "check_cross_validation", "check_extracted_first")
+@breaks("check_pipeline", broad=True)
 class NeverFitted(Kernel):
     def __sklearn_is_fitted__(self):
         return getattr(self, "_working", False)

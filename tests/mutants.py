@@ -403,7 +403,7 @@ class SwapsRoles(Kernel):
         return X[:, [2, 0, 1, 3]] if is_stack(X) and X.ndim == 4 else X
 
 
-@breaks("check_table_and_subspaces_agree", "check_extracted_first")
+@breaks("check_table_and_subspaces_agree")
 class SwapsBases(Kernel):
     def given(self, X):
         if isinstance(X, Subspaces):
@@ -429,7 +429,7 @@ class CountsGroups(Kernel):
 @breaks("check_other_columns_are_ignored")
 class CountsColumns(Kernel):
     def given(self, X):
-        if isinstance(X, pd.DataFrame) and X.shape[1] != 7:
+        if isinstance(X, pd.DataFrame) and X.shape[1] > 7:
             raise ValueError("seven columns")
         return X
 
