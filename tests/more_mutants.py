@@ -293,7 +293,7 @@ class DislikesWorkers(Kernel):
         return X
 
 
-@breaks("check_similarity_knows_its_heads", "check_set_output_pandas")
+@breaks("check_similarity_knows_its_heads")
 class NamesOtherwise(ProjectionKernel):
     def get_feature_names_out(self, input_features=None):
         return np.array([f"f{name}" for name in super().get_feature_names_out()], dtype=object)
