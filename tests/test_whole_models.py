@@ -160,6 +160,6 @@ def test_bad_heads(heads):
     whole.fit(heads)
     stranger = heads.iloc[[0]].assign(head=12)
     with pytest.raises(
-        HeadTableError, match="row L0H0 of the heads table does not exist in skhead/induction-2l"
+        HeadTableError, match="row L0H12 of the heads table does not exist in skhead/induction-2l"
     ):
         whole.transform(stranger)
