@@ -24,7 +24,7 @@ help:
 	@echo "make lint        style of code and docstrings (make format mends what it can)"
 	@echo "make types       static types"
 	@echo "make contracts   which module may import which"
-	@echo "make docs        build the documentation into docs/_build/html"
+	@echo "make docs        build the documentation into docs/_build/html and check its links"
 	@echo "make bench       side-by-side benchmark against TransformerLens and loops over pairs"
 	@echo "make bench-page  measure everything (hours) and write docs/benchmarks.rst"
 	@echo "make ci-browser  install chromium where it is missing and allowed"
@@ -77,6 +77,8 @@ contracts: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
+	$(BIN)/python scripts/check_links.py docs/_build/html
+	$(BIN)/python scripts/check_gallery.py docs/_build/html
 	@echo "Open in a browser: file://$(abspath docs/_build/html)/index.html"
 
 bench: $(VENV)/.lens

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TQDM_DISABLE", "1")
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 import skhead
 
@@ -21,7 +25,10 @@ extensions = [
     "numpydoc",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
+    "sphinx_design",
     "sphinx_gallery.gen_gallery",
+    "changelog_pages",
+    "import_layers",
 ]
 templates_path = ["_templates"]
 exclude_patterns = ["_build"]
@@ -44,6 +51,9 @@ nitpick_ignore_regex = [
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "gallery",
+    # Lists of examples by what they use, which the pages of the API show.
+    "backreferences_dir": "api/generated/backreferences",
+    "doc_module": ("skhead",),
     "filename_pattern": r"plot_",
     "abort_on_example_error": True,
     "download_all_examples": False,
@@ -55,12 +65,19 @@ sphinx_gallery_conf = {
 html_theme = "pydata_sphinx_theme"
 html_title = f"skhead {release}"
 html_theme_options = {
+    "header_links_before_dropdown": 5,
     "navigation_with_keys": False,
     "secondary_sidebar_items": ["page-toc"],
     "show_prev_next": False,
     "show_toc_level": 2,
 }
-html_sidebars = {"install": [], "quickstart": []}
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+# Pages that stand alone have no neighbours to list beside them.
+html_sidebars = {
+    name: []
+    for name in ("citing", "faq", "glossary", "index", "install", "quickstart", "whats_new")
+}
 html_copy_source = False
 html_show_sourcelink = False
 
