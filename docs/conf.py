@@ -60,6 +60,7 @@ sphinx_gallery_conf = {
     "plot_gallery": True,
     "remove_config_comments": True,
     "show_memory": False,
+    "write_computation_times": False,
 }
 
 html_theme = "pydata_sphinx_theme"
@@ -71,12 +72,16 @@ html_theme_options = {
     "show_prev_next": False,
     "show_toc_level": 2,
 }
+html_context = {"default_mode": "auto"}
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 # Pages that stand alone have no neighbours to list beside them.
 html_sidebars = {
     name: []
-    for name in ("citing", "faq", "glossary", "index", "install", "quickstart", "whats_new")
+    for name in (
+        *("citing", "contributing/architecture", "faq", "glossary"),
+        *("index", "install", "quickstart", "whats_new"),
+    )
 }
 html_copy_source = False
 html_show_sourcelink = False

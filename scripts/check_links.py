@@ -3,7 +3,8 @@
     python scripts/check_links.py docs/_build/html
 
 A link to another page must lead to a file, its anchor to an element of that page. Addresses on the
-web are not opened; they are checked for form, and listed with ``--external``.
+web are not opened; they are checked for form, and listed with ``--external``. Pages must not load
+anything from the web, so that they can be read without it.
 """
 
 from __future__ import annotations
@@ -38,12 +39,15 @@ class Page:
         Ids of its elements, and names of its old-style anchors.
     links : list of str
         Addresses as written.
+    loaded : set of str
+        Those of them without which the page is not complete.
     missing_alt : list of str
         Pictures that say nothing to those who do not see them.
     """
 
     anchors: set[str] = field(default_factory=set)
     links: list[str] = field(default_factory=list)
+    loaded: set[str] = field(default_factory=set)
     missing_alt: list[str] = field(default_factory=list)
 
 
@@ -68,6 +72,8 @@ class Reader(HTMLParser):
             self.page.links += [part.split()[0] for part in found if part.split()]
             if not several and not given[name].strip():
                 self.page.links.append("")
+            if tag not in ("a", "link") or given.get("rel") == "stylesheet":
+                self.page.loaded |= set(self.page.links[-len(found) :])
 
 
 def read_pages(folder: Path) -> dict[Path, Page]:
@@ -128,7 +134,7 @@ def check_site(folder: Path) -> tuple[list[str], dict[str, set[str]], int]:
                 wrong: str | None = "empty"
             elif address.scheme or address.netloc:
                 external[link].add(name)
-                wrong = check_external(address)
+                wrong = "loaded from the web" if link in page.loaded else check_external(address)
             else:
                 n_internal += 1
                 wrong = check_internal(link, path, folder, pages)

@@ -71,6 +71,8 @@ def test_a_site_whose_links_resolve_has_no_errors(site):
         ('<img src="picture.png">', "has no alt"),
         ('<a href="../outside.html">x</a>', "leads out of the site"),
         ('<a href="">x</a>', "empty"),
+        ('<script src="https://example.org/x.js"></script>', "loaded from the web"),
+        ('<link rel="stylesheet" href="https://example.org/x.css">', "loaded from the web"),
         ('<a href="http://nowhere">x</a>', "not the address of a page"),
         ('<a href="ftp://example.org">x</a>', "scheme 'ftp'"),
     ],

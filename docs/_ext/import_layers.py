@@ -10,7 +10,7 @@ from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
-WIDTH = 96
+WIDTH = 76
 
 
 def layers(path: Path = PYPROJECT) -> list[str]:

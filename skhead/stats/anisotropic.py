@@ -240,15 +240,15 @@ def anisotropic_moments(
     row_matrix: torch.Tensor | NDArray[np.floating],
     column_matrix: torch.Tensor | NDArray[np.floating],
 ) -> AnisotropicMoments:
-    r"""Mean and variance of the kernel of independent angular central Gaussian subspaces.
+    """Mean and variance of the kernel of independent angular central Gaussian subspaces.
 
     With ``C = M - M^2`` of both sides, ``a = tr(C_B M_A) / tr(C_B)`` and ``b`` likewise,
 
-    .. math::
+    .. code-block:: text
 
-        \operatorname{Var} = \frac{2 \operatorname{tr}(C_A C_B)^2}{\operatorname{tr} C_A
-        \operatorname{tr} C_B} + \frac{2 \operatorname{tr}\,[C_B (M_A - aI)]^2}{\operatorname{tr}
-        C_B} + \frac{2 \operatorname{tr}\,[C_A (M_B - bI)]^2}{\operatorname{tr} C_A}.
+        Var = 2 tr(C_A C_B)^2 / (tr C_A tr C_B)
+              + 2 tr[C_B (M_A - a I)]^2 / tr C_B
+              + 2 tr[C_A (M_B - b I)]^2 / tr C_A
 
     The formula is an asymptotic one: for isotropic means it is the exact variance up to a factor
     ``1 + O(1/d)``, and it is off by up to a tenth of the standard deviation for steep spectra

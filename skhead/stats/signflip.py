@@ -85,16 +85,13 @@ def signflip_moments(
     axes: torch.Tensor | None = None,
     max_memory: int = 2**30,
 ) -> SignflipMoments:
-    r"""Mean and variance of the kernel when one side's axes flip their signs at random.
+    """Mean and variance of the kernel when one side's axes flip their signs at random.
 
     One subspace is replaced by its image under ``E D E^T``, with D diagonal of independent random
     signs. How much energy a head has on every axis stays as it is; how its directions combine the
     axes is what is randomised. With the projectors P and Q of a pair written in the axes,
 
-    .. math::
-
-        \operatorname{E} = \sum_k P_{kk} Q_{kk}, \qquad
-        \operatorname{Var} = 2 \sum_{k \ne l} P_{kl}^2 Q_{kl}^2 .
+        ``E = sum_k P_kk Q_kk`` and ``Var = 2 sum_{k != l} P_kl^2 Q_kl^2``.
 
     The result depends on the axes, which are arbitrary within a set of equal eigenvalues.
 
