@@ -197,6 +197,16 @@ def test_the_guide_lists_the_architectures_that_are_read():
     assert f"**{len(FAMILIES)} architectures**" in page("index.rst")
 
 
+def test_times_on_other_pages_are_those_of_the_readme():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, figures in {
+        "index.rst": ("0.86 s", "6.1 s"),
+        "coming_from/transformer_lens.rst": ("0.7 GB", "9.4 GB"),
+    }.items():
+        text = page(name)
+        assert all(figure in text and figure in readme for figure in figures)
+
+
 def test_the_citation_file_names_the_version_and_the_papers():
     yaml = pytest.importorskip("yaml")
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
