@@ -108,7 +108,7 @@ ci-browser:
 	fi
 
 clean:
-	rm -rf build dist $(DEMO_DIR) docs/_build docs/api/generated docs/gallery
+	rm -rf build dist $(DEMO_DIR) docs/_build docs/api/generated docs/gallery docs/sg_execution_times.rst
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find skhead tests examples benchmarks scripts docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
