@@ -79,7 +79,7 @@ html_css_files = ["site.css"]
 html_sidebars = {
     name: []
     for name in (
-        *("citing", "contributing/architecture", "faq", "glossary"),
+        *("benchmarks", "citing", "contributing/architecture", "faq", "glossary"),
         *("index", "install", "quickstart", "whats_new"),
     )
 }
