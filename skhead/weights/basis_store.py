@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -31,6 +30,7 @@ from numpy.typing import NDArray
 from skhead._callers import users_level
 from skhead.exceptions import CacheError, CheckpointError
 from skhead.linalg.stacks import StoredStack
+from skhead.weights.atomic import sync_directory, temporary_beside
 from skhead.weights.headers import read_header
 from skhead.weights.transfers import Transfers, transfers_to
 
@@ -160,7 +160,7 @@ class BasisStore:
         CacheError
             If the directory cannot be written or the disk is full; nothing is left behind.
         """
-        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+        temporary = temporary_beside(path)
         with self._writable():
             self.directory.mkdir(parents=True, exist_ok=True)
             self._remove_interrupted(path)
@@ -175,7 +175,7 @@ class BasisStore:
                 # Another process may have finished the same bases, and be reading them already.
                 if _state(path) == before:
                     temporary.replace(path)
-                    _sync_directory(self.directory)
+                    sync_directory(self.directory)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -212,17 +212,6 @@ def _state(path: Path) -> tuple[int, int, int] | None:
         return _stamp(path.stat())
     except FileNotFoundError:
         return None
-
-
-def _sync_directory(directory: Path) -> None:
-    """Bring the names of files to the disk, where the system has that."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 class BasisWriter:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import reprlib
 import struct
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from skhead.exceptions import CheckpointError
 
-__all__ = ["Header", "TensorInfo", "read_header"]
+__all__ = ["Header", "TensorInfo", "header_of", "read_header"]
 
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -86,21 +87,35 @@ def read_header(path: Path) -> Header:
         If the file is truncated or its header contradicts itself or the size of the file. The
         file, and the tensor where there is one, are named.
     """
-    size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(8)
-        if len(start) < 8:
-            raise CheckpointError(
-                f"{path} is truncated: {size} bytes, and a safetensors file begins with 8 bytes "
-                "that give the length of its header. Download or save it again."
-            )
-        (length,) = struct.unpack("<Q", start)
-        if length > min(size - 8, _MAX_HEADER):
-            raise CheckpointError(
-                f"{path} is truncated or not a safetensors file: its header claims {length} "
-                f"bytes, and {size - 8} follow. Download or save it again."
-            )
-        raw = file.read(length)
+        return header_of(file, path)
+
+
+def header_of(file: BinaryIO, path: Path) -> Header:
+    """Read and verify the header of an open file, from wherever it stands, as `read_header`.
+
+    Parameters
+    ----------
+    file : binary file
+        Stands behind the header afterwards.
+    path : Path
+        To name in errors.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    start = file.read(8)
+    if len(start) < 8:
+        raise CheckpointError(
+            f"{path} is truncated: {size} bytes, and a safetensors file begins with 8 bytes "
+            "that give the length of its header. Download or save it again."
+        )
+    (length,) = struct.unpack("<Q", start)
+    if length > min(size - 8, _MAX_HEADER):
+        raise CheckpointError(
+            f"{path} is truncated or not a safetensors file: its header claims {length} "
+            f"bytes, and {size - 8} follow. Download or save it again."
+        )
+    raw = file.read(length)
     entries = _parse(raw, path)
     metadata = _check_metadata(entries.pop(_METADATA, None), path)
     infos = {name: _info(name, entry, path) for name, entry in entries.items()}
