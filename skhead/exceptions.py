@@ -7,6 +7,7 @@ __all__ = [
     "CheckpointError",
     "ConfigMismatchError",
     "DegenerateHeadError",
+    "EstimatorFileError",
     "HeadShapeError",
     "HeadTableError",
     "MemoryBudgetError",
@@ -15,6 +16,7 @@ __all__ = [
     "SkheadError",
     "SourceNotFoundError",
     "UnsafeCheckpointError",
+    "UnstorableError",
     "UnsupportedLayoutError",
 ]
 
@@ -61,6 +63,14 @@ class UnsafeCheckpointError(SkheadError, ValueError):
 
 class SourceNotFoundError(SkheadError, ValueError, FileNotFoundError):
     """No live model, bundled model, local path or hub repository answers to the source."""
+
+
+class EstimatorFileError(SkheadError, ValueError):
+    """A file that should hold a saved estimator is truncated, altered, foreign or too new."""
+
+
+class UnstorableError(SkheadError, ValueError, TypeError):
+    """An estimator holds something that a file without code cannot keep."""
 
 
 class NoContrastError(SkheadError, ValueError):
