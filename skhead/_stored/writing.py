@@ -77,7 +77,7 @@ class Writer:
             items = [self.write(item, f"{where}[{i}]") for i, item in enumerate(value)]
             return items if type(value) is list else {type(value).__name__: items}
         if type(value) is dict:
-            return {"dict": [self._pair(*pair, where) for pair in value.items()]}
+            return {"dict": [self._pair(*pair, where) for pair in list(value.items())]}
         if type(value) in (pd.DataFrame, pd.Series) or isinstance(value, pd.Index):
             return self._table(value, where)
         if isinstance(value, np.generic):

@@ -401,7 +401,7 @@ def _pearson1(law: ReducedLaw) -> Tail:
 
 
 class _SampledLaw(NamedTuple):
-    """Distribution function on a grid, and the power law of each tail."""
+    """Distribution function on a grid that nobody can change, and the power law of each tail."""
 
     grid: FloatArray
     levels: FloatArray
@@ -415,6 +415,8 @@ def _sampled_law(law: ReducedLaw, n_draws: int, seed: int) -> _SampledLaw:
     levels = np.linspace(_ANCHOR, 1 - _ANCHOR, _GRID)
     grid = np.interp(levels, (np.arange(n_draws) + 0.5) / n_draws, sample)
     slopes = np.quantile(sample, [_SLOPE, 1 - _SLOPE])
+    for shared in (grid, levels):
+        shared.setflags(write=False)
     return _SampledLaw(
         grid,
         levels,

@@ -12,12 +12,13 @@ import errno
 import hashlib
 import json
 import os
+import threading
 import time
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from io import FileIO
 from itertools import groupby
 from pathlib import Path
@@ -31,13 +32,13 @@ from skhead._callers import users_level
 from skhead.exceptions import CacheError, CheckpointError
 from skhead.linalg.stacks import StoredStack
 from skhead.weights.atomic import sync_directory, temporary_beside
-from skhead.weights.headers import read_header
 from skhead.weights.transfers import Transfers, transfers_to
+from skhead.weights.headers import header_of
 
 __all__ = ["FORMAT", "BasisFile", "BasisStack", "BasisStore", "BasisWriter"]
 
 #: Changes whenever the files, or what the bases in them are, do.
-FORMAT = "skhead-bases-1"
+FORMAT = "skhead-bases-2"
 #: Data begin at a multiple of this, behind a header that is padded to it.
 _PAGE = 4096
 #: Bytes of the header for one head, more than its entry can take.
@@ -68,43 +69,84 @@ class BasisFile:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the heads of a verified file begin."""
+    """Where the heads of a verified file begin, in the order of its header."""
 
     file: BasisFile
     starts: tuple[int, ...]
 
 
-@lru_cache(maxsize=4096)
-def _verified(path: str, _stamp: tuple[int, int, int]) -> _Layout:
-    """Layout of a file whose data have the checksum that it claims; read once in each state.
+class _Verified:
+    """Layouts of files that were found good, in the state that they were in; the latest used.
+
+    Files are read tile by tile, and their data are held against the checksum once in each state.
+    Threads that ask for a new file at once each read it, and find the same.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._layouts: OrderedDict[tuple[str, tuple[int, ...]], _Layout] = OrderedDict()
+
+    def layout(self, path: str, file: FileIO) -> _Layout:
+        key = path, _stamp(os.fstat(file.fileno()))
+        with self._lock:
+            if key in self._layouts:
+                self._layouts.move_to_end(key)
+                return self._layouts[key]
+        found = _verify(path, file)
+        with self._lock:
+            self._layouts[key] = found
+            while len(self._layouts) > self._most:
+                self._layouts.popitem(last=False)
+        return found
+
+
+#: Knows addresses and checksums alone, of which a stack in a worker process has no other memory.
+_VERIFIED = _Verified(most=4096)
+
+
+def _verify(path: str, file: FileIO) -> _Layout:
+    """Layout of a file whose header and data have the checksum that it claims.
 
     Raises
     ------
     CheckpointError
         If the file is truncated, damaged or of another format.
     """
-    header = read_header(Path(path))
+    header = header_of(file, Path(path))
     found = header.metadata.get("format")
     if found != FORMAT:
         raise CheckpointError(f"{path}: its format is {found!r}, not {FORMAT!r}.")
-    digest = hashlib.blake2b(digest_size=16)
-    with Path(path).open("rb", buffering=0) as file:
-        file.seek(header.start)
-        piece = bytearray(_PIECE)
-        while count := file.readinto(piece):
-            digest.update(memoryview(piece)[:count])
-    if digest.hexdigest() != header.metadata.get("checksum"):
-        raise CheckpointError(f"{path}: its data do not have the checksum that was written.")
-    shapes = {int(name): info.shape for name, info in header.infos.items()}
-    sizes = [4 * d_model * rank for d_model, rank in shapes.values()]
-    starts = header.start + np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-    ranks = tuple(rank for _, rank in shapes.values())
-    whole = BasisFile(path, digest.hexdigest(), tuple(shapes), ranks)
-    return _Layout(whole, tuple(starts[:-1].tolist()))
+    entries = {
+        name: {"dtype": info.dtype, "shape": info.shape, "data_offsets": header.offsets[name]}
+        for name, info in header.infos.items()
+    }
+    digest = _new_digest(header.metadata.get("bases", ""))
+    piece = bytearray(_PIECE)
+    while count := file.readinto(piece):
+        digest.update(memoryview(piece)[:count])
+    if _finished(digest, entries) != header.metadata.get("checksum"):
+        raise CheckpointError(f"{path}: its content does not have the checksum that was written.")
+    kinds = {(info.dtype, len(info.shape)) for info in header.infos.values()}
+    if not kinds <= {("F32", 2)} or not all(map(str.isdecimal, entries)):
+        raise CheckpointError(f"{path}: it holds other things than bases.")
+    whole = BasisFile(
+        path,
+        header.metadata["checksum"],
+        tuple(map(int, entries)),
+        tuple(info.shape[1] for info in header.infos.values()),
+    )
+    return _Layout(whole, tuple(header.start + begin for begin, _ in header.offsets.values()))
 
 
-def _layout(path: str, file: FileIO) -> _Layout:
-    return _verified(path, _stamp(os.fstat(file.fileno())))
+def _new_digest(description: str) -> hashlib.blake2b:
+    return hashlib.blake2b(description.encode(), digest_size=16)
+
+
+def _finished(digest: hashlib.blake2b, entries: Mapping[str, Any]) -> str:
+    """Checksum of description and data, with the entries of the header in their order."""
+    digest.update(json.dumps(list(entries.items())).encode())
+    return digest.hexdigest()
 
 
 def _stamp(stat: os.stat_result) -> tuple[int, int, int]:
@@ -138,7 +180,7 @@ class BasisStore:
         """Return a file if it is there and whole; warn if it is there and is not."""
         try:
             with path.open("rb", buffering=0) as file:
-                return _layout(str(path), file).file
+                return _VERIFIED.layout(str(path), file).file
         except FileNotFoundError:
             return None
         except CheckpointError as error:
@@ -240,7 +282,7 @@ class BasisWriter:
         self._start = -(-room // _PAGE) * _PAGE
         self._entries: dict[str, Any] = {}
         self._end = 0
-        self._digest = hashlib.blake2b(digest_size=16)
+        self._digest = _new_digest(self._description)
         file.seek(self._start)
 
     def add(self, number: int, basis: torch.Tensor) -> None:
@@ -266,7 +308,7 @@ class BasisWriter:
         """Write the header in front of the data, and bring all of it to the disk."""
         metadata = {
             "format": FORMAT,
-            "checksum": self._digest.hexdigest(),
+            "checksum": _finished(self._digest, self._entries),
             "bases": self._description,
         }
         header = json.dumps({"__metadata__": metadata, **self._entries}).encode()
@@ -379,7 +421,7 @@ def _opened(known: BasisFile) -> Iterator[tuple[FileIO, _Layout]]:
     """A file that is still the one that is known."""
     try:
         with Path(known.path).open("rb", buffering=0) as file:
-            layout = _layout(known.path, file)
+            layout = _VERIFIED.layout(known.path, file)
             if layout.file.checksum != known.checksum:
                 raise CheckpointError(f"{known.path} holds other bases than before.")
             yield file, layout

@@ -246,7 +246,7 @@ def read_first_block(source: str, device: torch.device | str | None = None) -> F
     skhead.exceptions.UnsupportedLayoutError: ...
     """
     address, part = split_address(source)
-    if live.is_registered(address) and is_bridge(live.live_module(address)):
+    if is_bridge(live.live_module(address)):
         raise UnsupportedLayoutError(
             f"live model {address!r}: the MLP of a TransformerLens bridge is not read. Register "
             "the Hugging Face model instead, or use source_embedding='raw'."

@@ -57,6 +57,8 @@ class Header:
     ----------
     infos : dict of str to TensorInfo
         In the order of the header.
+    offsets : dict of str to list of int
+        First byte of each tensor in the data, and the first one behind it.
     metadata : dict of str to str
     start : int
         Byte of the file at which the data begins.
@@ -65,6 +67,7 @@ class Header:
     """
 
     infos: dict[str, TensorInfo]
+    offsets: dict[str, list[int]]
     metadata: dict[str, str]
     start: int
     digest: str
@@ -121,7 +124,8 @@ def header_of(file: BinaryIO, path: Path) -> Header:
     infos = {name: _info(name, entry, path) for name, entry in entries.items()}
     _check_offsets(entries, size - 8 - length, path)
     digest = hashlib.blake2b(raw, digest_size=16).hexdigest()
-    return Header(infos, metadata, 8 + length, digest)
+    offsets = {name: entry["data_offsets"] for name, entry in entries.items()}
+    return Header(infos, offsets, metadata, 8 + length, digest)
 
 
 def _parse(raw: bytes, path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from skhead.weights.readers import MappingReader
 __all__ = ["is_registered", "live_module", "open_live", "register_model", "unregister_model"]
 
 _MODELS: dict[str, Any] = {}
+_LOCK = threading.Lock()
 _COMPILED = "_orig_mod"  # where torch.compile keeps the module that it wraps
 
 
@@ -71,7 +73,8 @@ def register_model(module: torch.nn.Module | Mapping[str, torch.Tensor], name: s
     if name in datasets.list_models():
         raise ValueError(f"register_model: {name!r} is the name of a bundled model; take another.")
     _open(module, name)
-    _MODELS[name] = module
+    with _LOCK:
+        _MODELS[name] = module
     return name
 
 
@@ -95,25 +98,30 @@ def unregister_model(name: str) -> None:
     >>> name = skhead.register_model(model, "short-lived")
     >>> skhead.unregister_model(name)
     """
-    if name not in _MODELS:
-        known = ", ".join(map(repr, sorted(_MODELS))) or "none"
-        raise ValueError(f"unregister_model: no live model is named {name!r}; registered: {known}.")
-    del _MODELS[name]
+    with _LOCK:
+        if name not in _MODELS:
+            known = ", ".join(map(repr, sorted(_MODELS))) or "none"
+            raise ValueError(
+                f"unregister_model: no live model is named {name!r}; registered: {known}."
+            )
+        del _MODELS[name]
 
 
 def is_registered(name: str) -> bool:
     """Return whether a live model has that name in this process."""
-    return name in _MODELS
+    return live_module(name) is not None
 
 
 def live_module(name: str) -> Any:
-    """Return what was registered under a name."""
-    return _MODELS[name]
+    """Return what was registered under a name, None if nothing is."""
+    with _LOCK:
+        return _MODELS.get(name)
 
 
-def open_live(name: str) -> Checkpoint:
-    """Return a registered model's present weights."""
-    return _open(_MODELS[name], name)
+def open_live(name: str) -> Checkpoint | None:
+    """Return a registered model's present weights, None if no model has that name."""
+    module = live_module(name)
+    return None if module is None else _open(module, name)
 
 
 def _open(module: Any, name: str) -> Checkpoint:

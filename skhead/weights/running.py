@@ -82,10 +82,9 @@ def open_bridge(model: Any) -> Any:
             f"TransformerBridge, got {type(model).__name__}."
         )
     name = os.fspath(model)
-    if live.is_registered(name):
-        registered = live.live_module(name)
-        if isinstance(registered, nn.Module):
-            return _bridge_of_module(registered)
+    registered = live.live_module(name)
+    if isinstance(registered, nn.Module):
+        return _bridge_of_module(registered)
     checkpoint = _open_local(model)
     _require_lens()
     if has_lens_names(checkpoint.reader.names()):

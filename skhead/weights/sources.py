@@ -149,8 +149,7 @@ def _exists(path: Path) -> bool:
 
 
 def _find_named(name: str) -> Checkpoint | None:
-    if live.is_registered(name):
-        return live.open_live(name)
-    if _is_named(name):
+    found = live.open_live(name)
+    if found is None and name in datasets.list_models():
         return open_path(Path(datasets.bundled_path(name)), address=name)
-    return None
+    return found

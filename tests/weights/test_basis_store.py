@@ -123,6 +123,14 @@ def damage_format(path):
     path.write_bytes(content.replace(basis_store.FORMAT.encode(), b"skhead-bases-0"))
 
 
+def damage_order(path):
+    """Two heads exchange their places, and every number stays what it is."""
+    content = path.read_bytes()
+    assert content.count(b'{"0":') + content.count(b', "0": {') == 1
+    changed = content.replace(b', "0": {', b', "9": {', 1).replace(b', "1": {', b', "0": {', 1)
+    path.write_bytes(changed.replace(b', "9": {', b', "1": {', 1))
+
+
 def damage_all(path):
     path.write_bytes(b"")
 
@@ -132,6 +140,7 @@ DAMAGES = {
     "header cut": damage_start,
     "checksum": damage_number,
     "format": damage_format,
+    "order": damage_order,
     "empty": damage_all,
 }
 
