@@ -8,6 +8,8 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 BENCH_SHAPES ?= gpt2-small gpt2-medium gpt2-large gpt2-xl
 BENCH_LLAMA_LAYERS ?= 8 32
+FUZZ_RUNS ?= 10000
+FUZZ_DIR ?= .fuzz
 DEMO_DIR ?= demo-report
 
 BIN := $(VENV)/bin
@@ -16,7 +18,7 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 REQUIREMENTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types contracts docs bench bench-page ci-browser clean distclean
+.PHONY: help demo test lint format types contracts docs bench bench-page fuzz test-oldest ci-browser clean distclean
 
 help:
 	@echo "make demo        install, analyse the bundled model, write $(DEMO_DIR)/report.html"
@@ -27,6 +29,8 @@ help:
 	@echo "make docs        build the documentation into docs/_build/html and check its links"
 	@echo "make bench       side-by-side benchmark against TransformerLens and loops over pairs"
 	@echo "make bench-page  measure everything (hours) and write docs/benchmarks.rst"
+	@echo "make fuzz        feed readers of files with FUZZ_RUNS inputs each, guided by coverage"
+	@echo "make test-oldest some of the tests with the oldest requirements that pyproject.toml allows"
 	@echo "make ci-browser  install chromium where it is missing and allowed"
 	@echo "make clean       remove what was built; make distclean also removes $(VENV)"
 	@echo "Variables: PYTHON=python3.12  TORCH_INDEX=https://download.pytorch.org/whl/cpu  PYTEST_ARGS='-k graph'"
@@ -98,6 +102,16 @@ bench-page: $(VENV)/.lens
 	done
 	$(BIN)/python benchmarks/make_page.py
 
+# atheris is no requirement of anything else, and has wheels for some versions of Python only.
+$(VENV)/.fuzz: $(VENV)/.test
+	$(PIP) install --quiet 'atheris>=3.0'
+	@touch $@
+
+fuzz: $(VENV)/.fuzz
+	for target in headers indices configs tokenizers bases estimators; do \
+	    $(BIN)/python scripts/fuzz.py $$target $(FUZZ_RUNS) $(FUZZ_DIR) || exit 1; \
+	done
+
 ci-browser:
 	@if command -v chromium || command -v chromium-browser || command -v google-chrome; then \
 	    echo "a browser is installed"; \
@@ -113,4 +127,4 @@ clean:
 	find skhead tests examples benchmarks scripts docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(FUZZ_DIR)

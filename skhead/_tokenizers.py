@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -228,25 +229,41 @@ def _open(path: Path, caller: str) -> Any:
     """The tokenizer that a file or directory holds."""
     file = path / "tokenizer.json" if path.is_dir() else path
     vocabulary, merges = path / "vocab.json", path / "merges.txt"
-    if file.is_file():
-        return _library(caller).Tokenizer.from_file(str(file))
-    if not (vocabulary.is_file() and merges.is_file()):
+    if not file.is_file() and not (vocabulary.is_file() and merges.is_file()):
         raise SourceNotFoundError(
             f"{caller}: {path} holds neither tokenizer.json nor vocab.json with merges.txt; "
             f"tokenizer may be {_ACCEPTED}"
         )
     library = _library(caller)
-    alphabet = set(library.pre_tokenizers.ByteLevel.alphabet())
-    absent = alphabet - set(json.loads(vocabulary.read_text(encoding="utf-8")))
+    if file.is_file():
+        with _readable(file, caller):
+            return library.Tokenizer.from_file(str(file))
+    with _readable(vocabulary, caller):
+        known = set(json.loads(vocabulary.read_text(encoding="utf-8")))
+    absent = set(library.pre_tokenizers.ByteLevel.alphabet()) - known
     if absent:
         raise UnsupportedLayoutError(
             f"{caller}: {vocabulary} lacks {len(absent)} of the 256 single bytes, so that it is no "
             "byte-level BPE; open it with the library that wrote it and pass that tokenizer"
         )
-    tokenizer = library.Tokenizer(library.models.BPE.from_file(str(vocabulary), str(merges)))
+    with _readable(merges, caller):
+        model = library.models.BPE.from_file(str(vocabulary), str(merges))
+    tokenizer = library.Tokenizer(model)
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = library.decoders.ByteLevel()
     return tokenizer
+
+
+@contextmanager
+def _readable(file: Path, caller: str) -> Iterator[None]:
+    """Name the file that cannot be read; the package raises nothing narrower than Exception."""
+    try:
+        yield
+    except Exception as error:
+        raise UnsupportedLayoutError(
+            f"{caller}: {file} is damaged, or of a kind that the package tokenizers does not read "
+            f"({error}); download or save it again"
+        ) from error
 
 
 def _library(caller: str) -> Any:
