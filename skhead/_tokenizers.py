@@ -65,7 +65,7 @@ def as_encoder(tokenizer: Any, caller: str = "as_encoder") -> Encoder:
 def _encoder_of_object(tokenizer: Any, caller: str) -> Encoder:
     """The ``encode`` method of a tokenizer that can be told to add no special tokens."""
     try:
-        tokenizer.encode("a", add_special_tokens=False)
+        _encoded(tokenizer, "a", caller)
     except TypeError as error:
         raise TypeError(
             f"{caller}: encode of {type(tokenizer).__name__} does not take add_special_tokens; "
@@ -74,10 +74,23 @@ def _encoder_of_object(tokenizer: Any, caller: str) -> Encoder:
         ) from error
 
     def encode(text: str) -> list[int]:
-        found = tokenizer.encode(text, add_special_tokens=False)
+        found = _encoded(tokenizer, text, caller)
         return _checked(getattr(found, "ids", found), text, caller)
 
     return encode
+
+
+def _encoded(tokenizer: Any, text: str, caller: str) -> Any:
+    """What a tokenizer gives; the package tokenizers raises nothing narrower than Exception."""
+    try:
+        return tokenizer.encode(text, add_special_tokens=False)
+    except TypeError:
+        raise
+    except Exception as error:
+        raise UnsupportedLayoutError(
+            f"{caller}: the {type(tokenizer).__name__} cannot encode {text!r} ({error}); give one "
+            "that has a token for what it does not know"
+        ) from error
 
 
 def _checked(ids: Any, text: str, caller: str) -> list[int]:

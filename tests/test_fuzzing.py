@@ -10,10 +10,13 @@ import pytest
 #: Changes of each seed; `make fuzz` runs as many as it is told, with coverage as its guide.
 MUTATIONS = 40
 #: Inputs that were let through, or made something else than an error of skhead.
+NO_UNKNOWN = b'{"model": {"type": "WordLevel", "vocab": {"a b": 0}, "unk_token": "[UNK]"}}'
 FOUND = {
     "headers": [b'{"I64": {"dtype": "F32", "shape": 3, "data_offsets": [2, 0.5]}}'],
     "tokenizers": [
         b"", b'".."', b"\xcb\xcb", b'{"a": \\', b'{"a": 0}\0a b', b"[]\0#version: 0.2\na b\n",
+        NO_UNKNOWN,
+        NO_UNKNOWN.replace(b"a b", b"a"),
     ],
 }  # fmt: skip
 

@@ -28,6 +28,8 @@ __all__ = [
 CONFIG_NAME = "config.json"
 FILE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+#: Bytes of JSON, as many as the header of a safetensors file may have.
+_LARGEST_JSON = 100_000_000
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 
 
@@ -108,6 +110,8 @@ def open_path(path: Path, address: str | None = None) -> Checkpoint:
 
 
 def _open_file(path: Path) -> TensorReader:
+    if not _is_file(path):
+        raise CheckpointError(f"{path} is no ordinary file.")
     if path.name.endswith(".index.json"):
         return _open_index(path)
     if path.suffix == ".safetensors":
@@ -125,7 +129,7 @@ def _open_directory(path: Path) -> TensorReader:
         return _open_file(path / FILE_NAME)
     if (path / INDEX_NAME).is_file():
         return _open_index(path / INDEX_NAME)
-    files = sorted(path.glob("*.safetensors"))
+    files = sorted(file for file in path.glob("*.safetensors") if _is_file(file))
     if len(files) == 1:
         return _open_file(files[0])
     if files:
@@ -218,8 +222,13 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises
     ------
     CheckpointError
-        If it does not.
+        If it does not, or is larger than any index or configuration.
     """
+    size = path.stat().st_size
+    if size > _LARGEST_JSON:
+        raise CheckpointError(
+            f"{path} has {size} bytes, and no configuration or index has more than {_LARGEST_JSON}."
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
