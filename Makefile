@@ -10,6 +10,8 @@ BENCH_SHAPES ?= gpt2-small gpt2-medium gpt2-large gpt2-xl
 BENCH_LLAMA_LAYERS ?= 8 32
 FUZZ_RUNS ?= 10000
 FUZZ_DIR ?= .fuzz
+OLDEST_VENV ?= .venv-oldest
+OLDEST_TESTS ?= tests/linalg tests/weights tests/test_common.py tests/test_kernels.py tests/test_persistence.py
 DEMO_DIR ?= demo-report
 
 BIN := $(VENV)/bin
@@ -102,6 +104,15 @@ bench-page: $(VENV)/.lens
 	done
 	$(BIN)/python benchmarks/make_page.py
 
+$(OLDEST_VENV)/.test: constraints-oldest.txt pyproject.toml
+	$(PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints-oldest.txt $(TORCH)
+	$(OLDEST_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-oldest.txt -e '.[test]'
+	@touch $@
+
+test-oldest: $(OLDEST_VENV)/.test
+	$(OLDEST_VENV)/bin/python -m pytest $(OLDEST_TESTS) $(PYTEST_ARGS)
+
 # atheris is no requirement of anything else, and has wheels for some versions of Python only.
 $(VENV)/.fuzz: $(VENV)/.test
 	$(PIP) install --quiet 'atheris>=3.0'
@@ -127,4 +138,4 @@ clean:
 	find skhead tests examples benchmarks scripts docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean
-	rm -rf $(VENV) $(FUZZ_DIR)
+	rm -rf $(VENV) $(OLDEST_VENV) $(FUZZ_DIR)

@@ -7,7 +7,9 @@ Needs atheris. Inputs that break a reader are left in ``WORK/TARGET/found``.
 
 from __future__ import annotations
 
+import atexit
 import random
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -45,6 +47,8 @@ def main() -> None:
     def one(given: bytes) -> None:
         fuzzing.run(target, given, scratch)
 
+    # libFuzzer's clock for inputs that hang still runs while Python shuts down.
+    atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)
     options = [sys.argv[0], str(corpus), f"-atheris_runs={runs}", f"-artifact_prefix={found}/"]
     atheris.Setup([*options, *LIMITS], one, custom_mutator=change)
     atheris.Fuzz()
