@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import struct
+import sys
 import threading
 from pathlib import Path
 
@@ -478,6 +479,30 @@ def test_nothing_is_imported_that_is_not_listed(tmp_path, monkeypatch):
     listed = {module for module, _ in STORED.values()}
     own = {name for name in imported if not name.startswith(("numpy", "pandas", "torch"))}
     assert {"skhead"} <= own <= listed | set(skhead._EXPORTS.values())
+
+
+def test_loading_opens_no_other_file(tmp_path):
+    """Nor does it make one, whatever paths the parameters and the tables name."""
+    other = tmp_path / "other"
+    other.mkdir()
+    estimator = make_pipeline(
+        skhead.SubspaceExtractor(cache=other / "cache"), skhead.LinearCKA().fit(heads())
+    )
+    estimator[1].reference_heads_["source"] = str(other)
+    skhead.save(estimator, tmp_path / "file")
+    skhead.load(tmp_path / "file")  # whatever is imported late is imported here
+    opened: list[str] = []
+    watching = True
+
+    def watch(event, arguments):
+        if watching and event in ("open", "os.mkdir", "os.listdir", "os.scandir", "socket.connect"):
+            opened.append(str(arguments[0]))
+
+    sys.addaudithook(watch)
+    skhead.load(tmp_path / "file")
+    watching = False
+    assert opened == [str(tmp_path / "file")]
+    assert not list(other.iterdir())
 
 
 def test_errors_are_errors_of_skhead():
