@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,16 +81,10 @@ def _encoder_of_object(tokenizer: Any, caller: str) -> Encoder:
 
 
 def _encoded(tokenizer: Any, text: str, caller: str) -> Any:
-    """What a tokenizer gives; the package tokenizers raises nothing narrower than Exception."""
-    try:
+    """What a tokenizer gives."""
+    what = f"{caller}: the {type(tokenizer).__name__} cannot encode {text!r}"
+    with _refusing(what, "give one that has a token for what it does not know", TypeError):
         return tokenizer.encode(text, add_special_tokens=False)
-    except TypeError:
-        raise
-    except Exception as error:
-        raise UnsupportedLayoutError(
-            f"{caller}: the {type(tokenizer).__name__} cannot encode {text!r} ({error}); give one "
-            "that has a token for what it does not know"
-        ) from error
 
 
 def _checked(ids: Any, text: str, caller: str) -> list[int]:
@@ -268,15 +262,19 @@ def _open(path: Path, caller: str) -> Any:
 
 
 @contextmanager
-def _readable(file: Path, caller: str) -> Iterator[None]:
-    """Name the file that cannot be read; the package raises nothing narrower than Exception."""
+def _refusing(what: str, remedy: str, *passing: type[BaseException]) -> Iterator[None]:
+    """Say what is wrong; the package tokenizers raises bare exceptions, and panics beyond them."""
     try:
         yield
-    except Exception as error:
-        raise UnsupportedLayoutError(
-            f"{caller}: {file} is damaged, or of a kind that the package tokenizers does not read "
-            f"({error}); download or save it again"
-        ) from error
+    except (KeyboardInterrupt, SystemExit, *passing):
+        raise
+    except BaseException as error:
+        raise UnsupportedLayoutError(f"{what} ({error}); {remedy}") from error
+
+
+def _readable(file: Path, caller: str) -> AbstractContextManager[None]:
+    what = f"{caller}: {file} is damaged, or of a kind that the package tokenizers does not read"
+    return _refusing(what, "download or save it again")
 
 
 def _library(caller: str) -> Any:

@@ -11,11 +11,13 @@ import pytest
 MUTATIONS = 40
 #: Inputs that were let through, or made something else than an error of skhead.
 NO_UNKNOWN = b'{"model": {"type": "WordLevel", "vocab": {"a b": 0}, "unk_token": "[UNK]"}}'
+PANIC = b'{"model": {"vocab": {"a": 0, "b": 1, " ": 3}, "unk_token": null, "merges": [["a", "b"]]}}'
 FOUND = {
     "headers": [b'{"I64": {"dtype": "F32", "shape": 3, "data_offsets": [2, 0.5]}}'],
     "tokenizers": [
         b"", b'".."', b"\xcb\xcb", b'{"a": \\', b'{"a": 0}\0a b', b"[]\0#version: 0.2\na b\n",
         NO_UNKNOWN,
+        PANIC,
         NO_UNKNOWN.replace(b"a b", b"a"),
     ],
 }  # fmt: skip

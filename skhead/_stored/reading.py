@@ -79,9 +79,9 @@ class Reader:
         tensor = self._tensor(name)
         key = "array", name
         if key not in self._arrays:
-            if document.get("complex"):
-                tensor = tensor.view(torch.complex128)
             array = tensor.numpy()
+            if document.get("unsigned"):
+                array = array.view(f"u{array.itemsize}")
             self._arrays[key] = array.T if document["turned"] else array
         return self._arrays[key]
 
@@ -118,7 +118,10 @@ class Reader:
         name, value = document["scalar"]
         if name == "str":
             return np.str_(value)
-        return SCALARS[name].type(self.read(value))
+        dtype, number = SCALARS[name], self.read(value)
+        if dtype.kind in "iu" and not np.iinfo(dtype).min <= number <= np.iinfo(dtype).max:
+            raise self._error(f"{number!r} is no {name}")
+        return dtype.type(number)
 
     def _device(self, document: dict[str, Any]) -> torch.device:
         if str(document["device"]).partition(":")[0] not in _DEVICES:

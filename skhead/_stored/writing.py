@@ -19,8 +19,6 @@ from skhead.linalg.stacks import StoredStack, dense
 
 __all__ = ["Writer"]
 
-_NUMBERS = "biufc"
-
 
 class Writer:
     """Turns objects into documents.
@@ -130,19 +128,16 @@ class Writer:
                 )
             width = max(value.dtype.itemsize // 4, 1)
             return {"texts": value.ravel().tolist(), "shape": list(value.shape), "width": width}
-        if value.dtype.kind not in _NUMBERS or value.dtype.itemsize > 16:
+        if value.dtype.name not in SCALARS:
             raise self._refusal(value, where)
         native = value.astype(value.dtype.newbyteorder("="), copy=False)
         turned = native.flags.f_contiguous and not native.flags.c_contiguous
         plain = np.ascontiguousarray(native.T if turned else native).reshape(
             native.T.shape if turned else native.shape
         )
-        if plain.dtype.name == "complex128":
-            found = self._tensor(torch.from_numpy(plain.copy()).view(torch.float64), where)
-            return {"array": found, "turned": turned, "complex": True}
-        if plain.dtype.name == "complex64" or plain.dtype.name not in SCALARS:
-            raise self._refusal(value, where)
-        return {"array": self._tensor(torch.from_numpy(plain.copy()), where), "turned": turned}
+        signed = plain.view(f"i{plain.itemsize}") if plain.dtype.kind == "u" else plain
+        found = {"array": self._tensor(torch.from_numpy(signed.copy()), where), "turned": turned}
+        return found | ({"unsigned": True} if plain.dtype.kind == "u" else {})
 
     def _tensor(self, value: torch.Tensor, where: str) -> str:
         if type(value) is not torch.Tensor or value.layout is not torch.strided or value.is_meta:
