@@ -83,7 +83,7 @@ def _encoder_of_object(tokenizer: Any, caller: str) -> Encoder:
 def _encoded(tokenizer: Any, text: str, caller: str) -> Any:
     """What a tokenizer gives."""
     what = f"{caller}: the {type(tokenizer).__name__} cannot encode {text!r}"
-    with _refusing(what, "give one that has a token for what it does not know", TypeError):
+    with _refusing(what, "give one that has a token for what it does not know", (TypeError,)):
         return tokenizer.encode(text, add_special_tokens=False)
 
 
@@ -155,7 +155,7 @@ def tokenizer_size(tokenizer: Any, caller: str = "tokenizer_size") -> int | None
         tokenizer = _open(Path(tokenizer), caller)
     if not hasattr(tokenizer, "get_vocab"):
         return None
-    return max(tokenizer.get_vocab().values()) + 1
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def as_vocabulary(vocabulary: Any, caller: str = "as_vocabulary") -> Any:
@@ -244,7 +244,10 @@ def _open(path: Path, caller: str) -> Any:
     library = _library(caller)
     if file.is_file():
         with _readable(file, caller):
-            return library.Tokenizer.from_file(str(file))
+            tokenizer = library.Tokenizer.from_file(str(file))
+        if not tokenizer.get_vocab():
+            raise UnsupportedLayoutError(f"{caller}: the tokenizer of {file} knows no token")
+        return tokenizer
     with _readable(vocabulary, caller):
         known = set(json.loads(vocabulary.read_text(encoding="utf-8")))
     absent = set(library.pre_tokenizers.ByteLevel.alphabet()) - known
@@ -262,11 +265,13 @@ def _open(path: Path, caller: str) -> Any:
 
 
 @contextmanager
-def _refusing(what: str, remedy: str, *passing: type[BaseException]) -> Iterator[None]:
+def _refusing(what: str, remedy: str, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Say what is wrong; the package tokenizers raises bare exceptions, and panics beyond them."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, *passing):
+    except passing:
+        raise
+    except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
         raise UnsupportedLayoutError(f"{what} ({error}); {remedy}") from error

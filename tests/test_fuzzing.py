@@ -17,6 +17,7 @@ FOUND = {
     "tokenizers": [
         b"", b'".."', b"\xcb\xcb", b'{"a": \\', b'{"a": 0}\0a b', b"[]\0#version: 0.2\na b\n",
         NO_UNKNOWN,
+        b'{"model": {"vocab": {}, "merges": []}}',
         PANIC,
         NO_UNKNOWN.replace(b"a b", b"a"),
     ],
