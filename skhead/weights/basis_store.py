@@ -32,8 +32,8 @@ from skhead._callers import users_level
 from skhead.exceptions import CacheError, CheckpointError
 from skhead.linalg.stacks import StoredStack
 from skhead.weights.atomic import sync_directory, temporary_beside
-from skhead.weights.transfers import Transfers, transfers_to
 from skhead.weights.headers import header_of
+from skhead.weights.transfers import Transfers, transfers_to
 
 __all__ = ["FORMAT", "BasisFile", "BasisStack", "BasisStore", "BasisWriter"]
 
