@@ -95,6 +95,10 @@ CACHES = ("lru_cache", "cache", "cached")
 PURE = {("linalg/precision.py", "_probe"), ("stats/haar_tails.py", "_sampled_law")}
 
 
+#: Filled by a decorator while modules are imported, and only read afterwards.
+FILLED_AT_IMPORT = {("testing/_checks.py", "CHECKS")}
+
+
 def module_names(tree):
     for node in tree.body:
         targets = node.targets if isinstance(node, ast.Assign) else []
@@ -138,7 +142,7 @@ def cached_functions(tree):
 
 @pytest.mark.parametrize("name", TREES)
 def test_no_module_holds_state_that_is_changed_without_a_lock(name):
-    assert not list(mutations(TREES[name]))
+    assert {(name, held) for held in mutations(TREES[name])} <= FILLED_AT_IMPORT
     assert {(name, function) for function in cached_functions(TREES[name])} <= PURE
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 
@@ -129,7 +128,6 @@ class Toy:
         return stack.repeat_interleave(self.q.shape[1] // stack.shape[1], dim=1)
 
 
-@lru_cache
 def random_toy(seed: int = 0, d_model: int = D_MODEL) -> Toy:
     """A model of Gaussian entries with a few strong directions, in float32."""
     generator = torch.Generator().manual_seed(seed)
