@@ -14,6 +14,9 @@ OLDEST_VENV ?= .venv-oldest
 OLDEST_TESTS ?= tests/linalg tests/weights tests/test_common.py tests/test_kernels.py tests/test_persistence.py
 DEMO_DIR ?= demo-report
 
+# Tests of pages read contrast and names of controls with it.
+AXE := axe-core@4.14.1
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
@@ -33,7 +36,7 @@ help:
 	@echo "make bench-page  measure everything (hours) and write docs/benchmarks.rst"
 	@echo "make fuzz        feed readers of files with FUZZ_RUNS inputs each, guided by coverage"
 	@echo "make test-oldest some of the tests with the oldest requirements that pyproject.toml allows"
-	@echo "make ci-browser  install chromium where it is missing and allowed"
+	@echo "make ci-browser  install chromium and axe-core where they are missing and can be had"
 	@echo "make clean       remove what was built; make distclean also removes $(VENV)"
 	@echo "Variables: PYTHON=python3.12  TORCH_INDEX=https://download.pytorch.org/whl/cpu  PYTEST_ARGS='-k graph'"
 	@echo "SKHEAD_MODELS=DIR  real trained weights for tests and benchmarks"
@@ -130,6 +133,14 @@ ci-browser:
 	    apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends chromium; \
 	else \
 	    echo "no browser found, and no right to install one: tests marked 'browser' will be skipped"; \
+	fi
+	@if test -f $(VENV)/node_modules/axe-core/axe.min.js; then \
+	    echo "axe-core is installed"; \
+	elif command -v npm >/dev/null; then \
+	    npm install --prefix $(VENV) --no-save --no-package-lock --ignore-scripts --no-audit --no-fund $(AXE) \
+	        || echo "npm could not fetch $(AXE): tests of contrast will be skipped"; \
+	else \
+	    echo "no npm: tests of contrast by axe-core will be skipped"; \
 	fi
 
 clean:

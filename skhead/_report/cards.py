@@ -54,7 +54,7 @@ def head_cards(analysis: Analysis, cards: Cards, numbers: Numbers) -> str:
         drawn.append(writer.card(label))
     return (
         f"<p>{escape(_introduction(analysis, cards))}</p>{_key(analysis, cards)}"
-        '<div class="tools"><label>Filter <input type="search" id="card-filter" '
+        '<div class="tools scripted"><label>Filter <input type="search" id="card-filter" '
         'placeholder="L4H7 or induction"></label><button type="button" id="card-toggle">Open all'
         f'</button><span class="note" id="card-count" role="status">{len(cards.labels)} of '
         f'{len(cards.labels)}</span></div><div id="card-list">{"".join(drawn)}</div>'

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
 
 from skhead.calibration import NullCalibrator
 from skhead.containers import CALIBRATED, Calibration, Similarity, Subspaces
+from skhead.linalg.topk import largest_entries
+from skhead.weights import head_labels
 
-__all__ = ["CONSTANT", "FDR", "Calls", "Verdict", "hold_against_nulls"]
+__all__ = ["CONSTANT", "FDR", "STANDS_OUT", "Calls", "Verdict", "hold_against_nulls"]
 
 #: A random reference narrower than this share of its mean leaves nothing to compare with.
 CONSTANT = 1e-6
 #: False discovery rate at which a pair is called.
 FDR = 0.05
+#: The null law that tells which pairs stand out from the others of the model.
+STANDS_OUT = "empirical"
 #: Null laws that every report tells of.
-_TOLD = ("haar", "anisotropic", "empirical")
+_TOLD = ("haar", "anisotropic", STANDS_OUT)
 #: Null laws learned from mean subspaces, and the fewest heads that have a mean to speak of.
 _LEARNED, _FEWEST_HEADS = ("anisotropic", "signflip"), 4
 
@@ -52,14 +58,26 @@ class Verdict:
         Why it cannot be computed, if it cannot.
     calls : dict of str to Calls
         By pair kind, without those in which the ranks alone fix every overlap.
+    at_edges : ndarray or None
+        False discovery rate of every edge of the report, NaN where the null says nothing.
+    furthest : DataFrame
+        The k pairs of each kind that exceed their expectation most, by falling z: ``pair, rank,
+        source, target, score, ratio, z, log10_p, q``.
     """
 
     refusal: str | None
     calls: dict[str, Calls]
+    at_edges: NDArray[np.float64] | None = None
+    furthest: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
 def hold_against_nulls(
-    kernel: Similarity, subspaces: Subspaces, chosen: str, stage: Callable[[str], None]
+    kernel: Similarity,
+    subspaces: Subspaces,
+    chosen: str,
+    edges: tuple[NDArray[np.integer], ...],
+    k: int,
+    stage: Callable[[str], None],
 ) -> tuple[dict[str, Verdict], Calibration | None]:
     """Count what each null law calls, and keep the calibration by the chosen one.
 
@@ -71,6 +89,10 @@ def hold_against_nulls(
         Of the heads compared.
     chosen : str
         Null law of the edges.
+    edges : tuple of ndarray
+        Row, column and pair kind of every edge of the report.
+    k : int
+        Pairs of each kind that are listed by how far they exceed their expectation.
     stage : callable
         Told one line.
 
@@ -89,7 +111,8 @@ def hold_against_nulls(
         if isinstance(found, str):
             verdicts[null] = Verdict(found, {})
             continue
-        verdicts[null] = Verdict(None, _calls(kernel, found))
+        furthest = _furthest(kernel, found, k)
+        verdicts[null] = Verdict(None, _calls(kernel, found), found.q[edges], furthest)
         if null == chosen:
             kept = found
     return verdicts, kept
@@ -130,3 +153,25 @@ def _calls(kernel: Similarity, calibration: Calibration) -> dict[str, Calls]:
             float(np.median(calibration.ratio[:, :, p][judged])),
         )
     return found
+
+
+def _furthest(kernel: Similarity, calibration: Calibration, k: int) -> pd.DataFrame:
+    """Pairs of each kind that exceed their expectation most."""
+    writers, readers = head_labels(kernel.rows), head_labels(kernel.columns)
+    parts = []
+    for p, pair in enumerate(kernel.pairs):
+        z = calibration.z[:, :, p]
+        rows, columns = largest_entries(
+            np.where(np.isnan(kernel.listed(pair)) | ~(z > 0), np.nan, z), k
+        )
+        at = (rows, columns, p)
+        found = {
+            "pair": pair,
+            "rank": np.arange(1, len(rows) + 1),
+            "source": [writers[i] for i in rows],
+            "target": [readers[i] for i in columns],
+            "score": kernel.values[at].astype(np.float64),
+        }
+        judged = {name: getattr(calibration, name)[at] for name in ("ratio", "z", "log10_p", "q")}
+        parts.append(pd.DataFrame(found | judged))
+    return pd.concat(parts, ignore_index=True)

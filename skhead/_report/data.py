@@ -11,7 +11,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from skhead._report.chance import CONSTANT, Verdict, hold_against_nulls
+from skhead._report.chance import CONSTANT, STANDS_OUT, Verdict, hold_against_nulls
+from skhead._report.classes import Guess, guess_from_labels, guess_from_zoo
+from skhead._report.induction import InductionPairs, find_induction
 from skhead._report.labels import HeadClasses, find_classes
 from skhead._report.operations import HeadOperations, operation_mapper, score_operations
 from skhead._report.scores import HeadScores, score_heads
@@ -118,6 +120,11 @@ class Analysis:
         If asked for.
     operations : HeadOperations or None
         If asked for.
+    guesses : dict of str to Guess
+        Probabilities of classes by what they are learned from, "zoo" and "labels"; empty without
+        the scores of single heads.
+    induction : InductionPairs or None
+        If single heads are scored and layers follow each other.
     """
 
     info: SourceInfo
@@ -134,6 +141,8 @@ class Analysis:
     edges: pd.DataFrame
     cards: Cards | None
     operations: HeadOperations | None
+    guesses: dict[str, Guess]
+    induction: InductionPairs | None
 
     @property
     def carded(self) -> frozenset[str]:
@@ -198,37 +207,78 @@ def analyse(
     }
     stage(f"comparing {len(rows)} writing with {len(columns)} reading heads: projection kernel")
     kernel = _fit_apply(ProjectionKernel(**shared, device=options.device), subspaces, rows, columns)
-    verdicts, calibration = hold_against_nulls(kernel, subspaces, options.null, stage)
+    places = _edge_places(kernel, options.k)
+    verdicts, calibration = hold_against_nulls(
+        kernel, subspaces, options.null, places, options.k, stage
+    )
     kernel = replace(kernel, calibration=calibration)
     composition = None
     if options.composition:
         stage("comparing them again: composition scores")
         estimator = CompositionScore(**shared, **processing)
         composition = _fit_apply(estimator, heads, rows, columns)
-    scores, own = None, None
-    if options.cards:
-        stage("scoring what single heads do")
-        scores = score_heads(
-            heads,
-            across=info.part == "cross",
-            composition=options.composition,
-            max_memory=options.max_memory,
-            processing=processing,
-        )
-        own = scores.table
-    elif info.part != "cross":
-        stage("scoring what single heads do: V against O")
-        own = identity_scores(heads, **processing)
+    scores, own = _scores(heads, info, options, processing, stage)
     table = _head_table(heads, kernel, subspaces, own, classes, options.k)
-    edges = _edge_table(kernel, composition, options)
-    cards = None
+    edges = _edge_table(kernel, composition, verdicts[STANDS_OUT], places, options)
+    guesses = _guesses(scores, subspaces, classes, info.source, processing, stage)
+    for name, guess in guesses.items():
+        if guess.probabilities is not None:
+            table = table.join(guess.probabilities.add_prefix(f"p_{name}: "))
+    induction, cards = None, None
+    if scores is not None and scope == "forward" and info.part != "cross":
+        stage("looking for pairs of heads that carry out induction")
+        induction = find_induction(heads, processing)
     if scores is not None:
         stage("reading the tokens nearest to what heads write")
         cards = _cards(heads, scores, edges, info, processing, operations)
     return Analysis(
         info, options, len(everything), heads, scope, classes, subspaces, kernel, composition,
-        verdicts, table, edges, cards, operations,
+        verdicts, table, edges, cards, operations, guesses, induction,
     )  # fmt: skip
+
+
+def _scores(
+    heads: pd.DataFrame,
+    info: SourceInfo,
+    options: Options,
+    processing: dict[str, Any],
+    stage: Callable[[str], None],
+) -> tuple[HeadScores | None, pd.DataFrame | None]:
+    """Circuit scores if asked for, and the columns on single heads that the tables show."""
+    across = info.part == "cross"
+    if options.cards:
+        stage("scoring what single heads do")
+        scores = score_heads(
+            heads,
+            across=across,
+            composition=options.composition,
+            max_memory=options.max_memory,
+            processing=processing,
+        )
+        return scores, scores.table
+    if across:
+        return None, None
+    stage("scoring what single heads do: V against O")
+    return None, identity_scores(heads, **processing)
+
+
+def _guesses(
+    scores: HeadScores | None,
+    subspaces: Subspaces,
+    classes: HeadClasses | None,
+    source: str,
+    processing: dict[str, Any],
+    stage: Callable[[str], None],
+) -> dict[str, Guess]:
+    """Probabilities of classes by what they are learned from."""
+    found = {}
+    if scores is not None:
+        stage("asking what classes heads may have: zoo of labelled models")
+        found["zoo"] = guess_from_zoo(scores, source, processing)
+        if classes is not None:
+            stage("asking what classes heads may have: labelled heads of this model")
+            found["labels"] = guess_from_labels(subspaces, classes)
+    return found
 
 
 def _cards(
@@ -318,21 +368,35 @@ def _head_table(
     return table
 
 
-def _edge_table(
-    kernel: Similarity, composition: Similarity | None, options: Options
-) -> pd.DataFrame:
-    edges = named_after_null(kernel.top_pairs(options.k), options.null)
+def _edge_places(kernel: Similarity, k: int) -> tuple[NDArray[np.integer], ...]:
+    """Row, column and kind of the k strongest pairs of every kind."""
+    edges = kernel.top_pairs(k)
     row_of = {label: i for i, label in enumerate(head_labels(kernel.rows))}
     column_of = {label: i for i, label in enumerate(head_labels(kernel.columns))}
-    rows = edges["source"].map(row_of).to_numpy(dtype=np.int64)
-    columns = edges["target"].map(column_of).to_numpy(dtype=np.int64)
-    kinds = edges["pair"].map(kernel.pairs.index).to_numpy(dtype=np.int64)
+    return (
+        edges["source"].map(row_of).to_numpy(dtype=np.int64),
+        edges["target"].map(column_of).to_numpy(dtype=np.int64),
+        np.array([kernel.pairs.index(pair) for pair in edges["pair"]], dtype=np.int64),
+    )
+
+
+def _edge_table(
+    kernel: Similarity,
+    composition: Similarity | None,
+    outstanding: Verdict,
+    places: tuple[NDArray[np.integer], ...],
+    options: Options,
+) -> pd.DataFrame:
+    edges = named_after_null(kernel.top_pairs(options.k), options.null)
+    rows, columns, kinds = places
     expected = np.broadcast_to(kernel.null_mean, kernel.values.shape)[rows, columns, kinds]
     spread = np.broadcast_to(kernel.null_sd, kernel.values.shape)[rows, columns, kinds]
     scores = edges["score"].to_numpy(dtype=np.float64)
     edges["expected"] = expected
     edges["ratio"] = scores / expected
     edges["above"] = scores - expected > np.maximum(3 * spread, CONSTANT * expected)
+    known = outstanding.at_edges
+    edges[f"q_{STANDS_OUT}"] = np.nan if known is None else known
     if composition is not None:
         edges["composition"] = composition.values[rows, columns, kinds]
     return edges

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-import pandas as pd
-
+from skhead._report.chance import FDR, STANDS_OUT
 from skhead._report.charts import number
 from skhead._report.data import Analysis
 from skhead._report.layout import BOX_HEIGHT, Layout, Node, lay_out
@@ -47,7 +47,7 @@ def wiring_diagram(analysis: Analysis, colours: dict[str, tuple[str, str]]) -> s
     """
     layout = lay_out(analysis)
     described = _descriptions(analysis)
-    drawn = _edges(analysis.edges, layout)
+    drawn = _edges(analysis, layout)
     heads = [
         _node(node, layout.box, analysis, colours, described[node.label])
         for node in dict.fromkeys(layout.nodes.values())
@@ -64,8 +64,9 @@ def wiring_diagram(analysis: Analysis, colours: dict[str, tuple[str, str]]) -> s
     )
 
 
-def _edges(edges: pd.DataFrame, layout: Layout) -> list[str]:
+def _edges(analysis: Analysis, layout: Layout) -> list[str]:
     """Curves of all kinds; within its kind the strongest pair is the darkest."""
+    edges, null = analysis.edges, analysis.options.null
     kinds = list(dict.fromkeys(edges["pair"]))
     drawn = []
     for place, kind in enumerate(kinds):
@@ -74,17 +75,17 @@ def _edges(edges: pd.DataFrame, layout: Layout) -> list[str]:
         low, high = float(among["score"].min()), float(among["score"].max())
         for edge in among.to_dict("records"):
             strength = (edge["score"] - low) / (high - low) if high > low else 0.5
-            drawn.append(_edge(edge, layout, shift, strength))
+            drawn.append(_edge(edge, layout, shift, strength, null))
     return drawn
 
 
-def _edge(edge: dict[str, Any], layout: Layout, shift: float, strength: float) -> str:
+def _edge(edge: dict[str, Any], layout: Layout, shift: float, strength: float, null: str) -> str:
     path = _curve(edge["source"], edge["target"], layout, shift)
     text = (
         f"{edge['pair']} {edge['source']} → {edge['target']}: PK {number(edge['score'])}, "
-        f"{number(edge['ratio'], 3)} × random"
+        f"{number(edge['ratio'], 3)} × random{_judged(edge, null)}"
     )
-    weak = "" if edge["above"] else " weak"
+    weak = ("" if edge["above"] else " weak") + " standing" * (edge[f"q_{STANDS_OUT}"] <= FDR)
     return (
         f'<g class="edge{weak} pair-{edge["pair"]}" data-pair="{edge["pair"]}" '
         f'data-source="{escape(edge["source"])}" data-target="{escape(edge["target"])}" '
@@ -92,6 +93,14 @@ def _edge(edge: dict[str, Any], layout: Layout, shift: float, strength: float) -
         f'<path class="hit" d="{path}"><title>{escape(text)}</title></path>'
         f'<path class="line" d="{path}"/></g>'
     )
+
+
+def _judged(edge: Mapping[Any, Any], null: str) -> str:
+    """What the null laws say of an edge, as far as they say anything."""
+    text = ""
+    if edge[f"z_{null}"] == edge[f"z_{null}"]:
+        text = f", z {number(edge[f'z_{null}'], 3)} ({null})"
+    return text + ", stands out" * (edge[f"q_{STANDS_OUT}"] <= FDR)
 
 
 def _curve(source: str, target: str, layout: Layout, shift: float) -> str:
@@ -141,7 +150,8 @@ def _descriptions(analysis: Analysis) -> dict[str, dict[str, Any]]:
     """What the page shows about a head that is pointed at: a line on the head, a line per edge."""
     edges: dict[str, list[str]] = defaultdict(list)
     for edge in analysis.edges.to_dict("records"):
-        score = f"PK {number(edge['score'])} ({number(edge['ratio'], 3)} × random)"
+        score = f"PK {number(edge['score'])}, {number(edge['ratio'], 3)} × random"
+        score += _judged(edge, analysis.options.null)
         edges[edge["source"]].append(f"{edge['pair']} → {edge['target']} {score}")
         edges[edge["target"]].append(f"{edge['pair']} ← {edge['source']} {score}")
     described = {}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from skhead._report.chance import STANDS_OUT
 from skhead._report.data import Analysis, named_after_null
 from skhead._report.page import Download
 from skhead.containers import Similarity
@@ -21,7 +22,7 @@ __all__ = ["MOST_PAIRS", "write_files"]
 MOST_PAIRS = 2_000_000
 _EDGE_COLUMNS = ["pair", "rank", "source", "target", "score", "expected", "ratio"]
 #: Of what the null law says, what the tables of pairs list.
-_JUDGED = ("ratio", "z", "q")
+_JUDGED = ("ratio", "z", "log10_p", "q")
 
 
 def write_files(analysis: Analysis, numbers: Mapping[str, Any], directory: Path) -> list[Download]:
@@ -40,8 +41,9 @@ def write_files(analysis: Analysis, numbers: Mapping[str, Any], directory: Path)
     list of Download
     """
     null = analysis.options.null
-    columns = [*_EDGE_COLUMNS, *(f"{name}_{null}" for name in _JUDGED)]
-    edges = analysis.edges[columns].to_csv(index=False).encode()
+    judged = [f"{name}_{null}" for name in _JUDGED]
+    columns = dict.fromkeys([*_EDGE_COLUMNS, *judged, f"q_{STANDS_OUT}"])
+    edges = analysis.edges[list(columns)].to_csv(index=False).encode()
     table = analysis.table
     if analysis.operations is not None:
         table = pd.concat([table, analysis.operations.columns()], axis=1)
@@ -51,7 +53,7 @@ def write_files(analysis: Analysis, numbers: Mapping[str, Any], directory: Path)
         Download("edges.csv", "the pairs drawn in the diagram", "text/csv", edges),
         Download(
             "heads.csv",
-            "one row per head: ranks, edges, strengths, scores, class",
+            "one row per head: ranks, edges, strengths, scores, class, probabilities of classes",
             "text/csv",
             heads,
         ),

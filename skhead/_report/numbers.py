@@ -12,8 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 import skhead
-from skhead._report.chance import CONSTANT, FDR
+from skhead._report.chance import CONSTANT, FDR, STANDS_OUT
+from skhead._report.class_section import class_numbers
 from skhead._report.data import Analysis, Cards, expected_of, scores_of
+from skhead._report.induction import induction_numbers
 from skhead._report.operations import operation_numbers
 from skhead.calibration import informativeness
 from skhead.containers import Similarity, reference_law
@@ -37,6 +39,7 @@ def summarize(analysis: Analysis) -> dict[str, Any]:
         Ready for JSON: strings, finite floats, ints, bools, None, lists and dicts.
     """
     composition, operations = analysis.composition, analysis.operations
+    induction = analysis.induction
     return {
         "versions": {"skhead": skhead.__version__, "torch": torch.__version__},
         "source": _source(analysis),
@@ -55,11 +58,18 @@ def summarize(analysis: Analysis) -> dict[str, Any]:
         "within_head": _within_head(analysis),
         "cards": None if analysis.cards is None else _cards(analysis.cards),
         "operations": None if operations is None else operation_numbers(operations),
-        "top_pairs": [
-            {str(name): _plain(value) for name, value in edge.items()}
-            for edge in analysis.edges.to_dict("records")
-        ],
+        "predicted_classes": class_numbers(analysis.guesses),
+        "induction": None if induction is None else induction_numbers(induction),
+        "top_pairs": _records(analysis.edges),
+        "outstanding_pairs": _records(analysis.verdicts[STANDS_OUT].furthest),
     }
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [
+        {str(name): _plain(value) for name, value in row.items()}
+        for row in table.to_dict("records")
+    ]
 
 
 def kernel_numbers(similarity: Similarity, k: int) -> dict[str, dict[str, Any]]:

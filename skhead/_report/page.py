@@ -11,17 +11,25 @@ from string import Template
 from typing import Any
 
 from skhead._report.cards import head_cards
+from skhead._report.chance import FDR, STANDS_OUT
+from skhead._report.class_section import classes
 from skhead._report.data import Analysis
 from skhead._report.diagram import class_colours, wiring_diagram
 from skhead._report.figures import composition, distributions, layer_maps, matrices
+from skhead._report.head_section import all_heads
+from skhead._report.induction_section import induction
 from skhead._report.operation_section import operations
 from skhead._report.questions import chance
 from skhead._report.roles import roles
-from skhead._report.tables import edge_table, hub_table
+from skhead._report.tables import edge_table, furthest_table, hub_table
 from skhead._report.words import READS, notes, summary_words
 
 __all__ = ["Download", "render"]
 
+#: Turns the colours round; the script shows it.
+THEME = (
+    '<button type="button" id="theme" class="scripted" aria-pressed="false">Dark colours</button>'
+)
 _NORMS = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm", "rmsnorm+1": "RMSNorm, gain 1 + w"}
 
 
@@ -71,6 +79,7 @@ def render(analysis: Analysis, numbers: Mapping[str, Any], downloads: Sequence[D
         ("matrices", "Every pair of heads", matrices(analysis)),
         ("hubs", "Hubs", hub_table(analysis, numbers)),
         ("edges", "Strongest pairs", edge_table(analysis)),
+        ("furthest", "Pairs that stand out", furthest_table(analysis)),
     ]
     if analysis.composition is not None:
         sections.append(
@@ -83,6 +92,12 @@ def render(analysis: Analysis, numbers: Mapping[str, Any], downloads: Sequence[D
     if analysis.operations is not None:
         drawn = operations(analysis, analysis.operations, numbers)
         sections.insert(3, ("operations", "Operations on tokens", drawn))
+    if analysis.induction is not None:
+        drawn = induction(analysis.induction, analysis)
+        sections.insert(3, ("induction", "Induction circuits", drawn))
+    if analysis.guesses:
+        sections.insert(3, ("classes", "Classes of heads", classes(analysis)))
+    sections.insert(3, ("heads", "All heads", all_heads(analysis)))
     if analysis.cards is not None:
         sections.insert(3, ("roles", "What single heads do", roles(analysis, analysis.cards)))
         drawn = head_cards(analysis, analysis.cards, numbers)
@@ -100,12 +115,15 @@ def render(analysis: Analysis, numbers: Mapping[str, Any], downloads: Sequence[D
     texts = {
         "version": numbers["versions"]["skhead"],
         "torch": numbers["versions"]["torch"],
+        "title": f"{info.name}: wiring of attention heads",
+        "kicker": "Wiring of attention heads, read from weights",
         "name": info.name,
         "lead": lead,
     }
     pieces = {key: escape(value) for key, value in texts.items()} | {
         "style": _asset("style.css"),
         "script": _asset("script.js"),
+        "theme": THEME,
         "navigation": " ".join(f'<a href="#{key}">{title}</a>' for key, title, _ in sections),
         "sections": "\n".join(
             f'<section id="{key}" aria-labelledby="h-{key}"><h2 '
@@ -197,12 +215,19 @@ def _diagram(analysis: Analysis, numbers: Mapping[str, Any]) -> str:
         f'data-kind="{pair}"><span class="swatch"></span>{pair}, read by {READS[pair]}</label>'
         for pair in kernel
     )
-    classes = _legend(analysis)
+    standing = ""
+    if (analysis.edges[f"q_{STANDS_OUT}"] <= FDR).any():
+        standing = (
+            '<label class="scripted"><input type="checkbox" id="only-standing">only pairs that '
+            f"stand out ({STANDS_OUT}, q ≤ {FDR})</label>"
+        )
+    legend = _legend(analysis)
     names = sorted(numbers["classes"]["counts"]) if numbers["classes"] else []
     drawing = wiring_diagram(analysis, class_colours(names))
     opens = " A click or the Enter key opens the card of a head." if analysis.carded else ""
     return (
-        f'<p>{words}</p><div class="tools">{toggles}{dashed}</div>{classes}'
+        f'<p>{words}</p><div class="tools"><span class="scripted kinds">{toggles}</span>{standing}'
+        f"{dashed}</div>{legend}"
         '<p class="note narrow">The diagram scrolls sideways.</p>'
         '<div class="wire"><div class="scroll" tabindex="0" role="region" aria-label="Diagram">'
         f"{drawing}</div>"

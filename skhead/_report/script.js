@@ -2,6 +2,19 @@
 (() => {
   const all = (selector, root = document) => Array.from(root.querySelectorAll(selector));
 
+  const root = document.documentElement;
+  const theme = document.getElementById("theme");
+  const dark = () => root.dataset.theme
+    ? root.dataset.theme === "dark"
+    : matchMedia("(prefers-color-scheme: dark)").matches;
+  const tellTheme = () => theme.setAttribute("aria-pressed", String(dark()));
+  theme.addEventListener("click", () => {
+    root.dataset.theme = dark() ? "light" : "dark";
+    tellTheme();
+  });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", tellTheme);
+  tellTheme();
+
   const valueOf = (row, column) => {
     const cell = row.cells[column];
     return cell.dataset.v === undefined ? cell.textContent : Number(cell.dataset.v);
@@ -110,6 +123,8 @@
     const panel = document.getElementById("details");
     const hint = panel.cloneNode(true);
     const shown = (kind) => document.getElementById(`show-${kind}`).checked;
+    const only = document.getElementById("only-standing");
+    const drawn = (edge) => shown(edge.dataset.pair) && !edge.classList.contains("out");
     const clear = () => {
       wiring.classList.remove("picked");
       for (const part of [...edges, ...nodes]) part.classList.remove("lit");
@@ -132,7 +147,7 @@
       wiring.classList.add("picked");
       const ends = new Set();
       for (const edge of edges) {
-        const on = chosen(edge) && shown(edge.dataset.pair);
+        const on = chosen(edge) && drawn(edge);
         edge.classList.toggle("lit", on);
         if (on) ends.add(edge.dataset.source).add(edge.dataset.target);
       }
@@ -143,7 +158,8 @@
       light((edge) => edge.dataset.source === head || edge.dataset.target === head);
       for (const other of nodes) if (other.dataset.head === head) other.classList.add("lit");
       const details = JSON.parse(node.dataset.details);
-      write(head, details.head, details.edges.filter((text) => shown(text.slice(0, 2))));
+      write(head, details.head, details.edges.filter((text) =>
+        shown(text.slice(0, 2)) && !(only && only.checked && !text.endsWith("stands out"))));
     };
     const pickEdge = (edge) => {
       light((other) => other === edge);
@@ -166,6 +182,13 @@
     wiring.addEventListener("keydown", (event) => {
       if (event.key === "Escape" && document.activeElement.closest(".node")) document.activeElement.blur();
     });
+    if (only) {
+      only.addEventListener("change", () => {
+        for (const edge of edges) {
+          edge.classList.toggle("out", only.checked && !edge.classList.contains("standing"));
+        }
+      });
+    }
     for (const box of all("input[data-kind]")) {
       box.addEventListener("change", () => {
         for (const edge of edges) {
@@ -201,5 +224,5 @@
     picture.addEventListener("pointerleave", () => { readout.textContent = "\u00a0"; });
   }
 
-  document.documentElement.dataset.ready = "true";
+  root.dataset.ready = "true";
 })();

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from skhead._report.chance import STANDS_OUT
 from skhead._report.data import Analysis
 from skhead._report.roles import head_link
 
 __all__ = [
     "composition_tables",
     "edge_table",
+    "filtered",
+    "furthest_table",
     "head_cell",
     "hub_table",
     "kind_cell",
+    "log_cell",
     "number_cell",
     "rate_cell",
     "table",
@@ -61,7 +66,10 @@ def edge_table(analysis: Analysis) -> str:
     heads += [("Random", True), ("Ratio", True)]
     null, judged = analysis.options.null, analysis.kernel.calibration is not None
     if judged:
-        heads += [(f"{name} ({null})", True) for name in ("Ratio", "z", "q")]
+        heads += [(f"{name} ({null})", True) for name in ("Ratio", "z", "p", "q")]
+    apart = null != STANDS_OUT and not edges[f"q_{STANDS_OUT}"].isna().all()
+    if apart:
+        heads.append((f"q ({STANDS_OUT})", True))
     if composition is not None:
         heads.append(("Composition", True))
     if named is not None:
@@ -82,8 +90,11 @@ def edge_table(analysis: Analysis) -> str:
             cells += [
                 number_cell(edge[f"ratio_{null}"], 2),
                 number_cell(edge[f"z_{null}"], 1),
+                log_cell(edge[f"log10_p_{null}"]),
                 rate_cell(edge[f"q_{null}"]),
             ]
+        if apart:
+            cells.append(rate_cell(edge[f"q_{STANDS_OUT}"]))
         if composition is not None:
             cells.append(number_cell(edge["composition"], 4))
         if named is not None:
@@ -97,18 +108,63 @@ def edge_table(analysis: Analysis) -> str:
     if judged:
         words += (
             f"The columns marked {null} hold the pair against that null law: overlap over its "
-            "expectation, deviation in its standard deviations, and the false discovery rate at "
-            "which the pair is called. "
+            "expectation, deviation in its standard deviations, two-sided p-value, and the false "
+            "discovery rate q at which the pair is called. "
+        )
+    if apart:
+        words += (
+            f"q ({STANDS_OUT}) is the rate at which the pair stands out from the other pairs of "
+            "this model. "
         )
     words += "A click on a heading sorts, a second click turns the order round."
     body = table("edge-table", "Strongest pairs of heads", heads, rows)
+    return f"<p>{words}</p>" + filtered(
+        "edge-table", "edge", body, len(rows), "Strongest pairs", "L4H7 or OK L5"
+    )
+
+
+def furthest_table(analysis: Analysis) -> str:
+    """The pairs that stand out most from the other pairs of the model."""
+    verdict = analysis.verdicts[STANDS_OUT]
+    words = (
+        "The strongest overlaps above tend to be those of hubs, heads that overlap with all "
+        f"others. The null law {STANDS_OUT} takes off the level of writer and reader, so that the "
+        "pairs below are those that stand out from what their two heads do with others."
+    )
+    if verdict.furthest.empty:
+        why = verdict.refusal or "no pair lies above its expectation"
+        return f'<p>{words}</p><p class="lacking">Not told here: {escape(why.rstrip("."))}.</p>'
+    heads = [("Kind", False), ("Rank", True), ("Writes", False), ("Reads", False), ("PK", True)]
+    heads += [("Ratio", True), ("z", True), ("p", True), ("q", True)]
+    fit = _decimals(verdict.furthest["score"])
+    rows = [
+        [
+            kind_cell(row["pair"]),
+            number_cell(row["rank"], 0),
+            head_cell(row["source"], analysis),
+            head_cell(row["target"], analysis),
+            number_cell(row["score"], fit),
+            number_cell(row["ratio"], 2),
+            number_cell(row["z"], 1),
+            log_cell(row["log10_p"]),
+            rate_cell(row["q"]),
+        ]
+        for row in verdict.furthest.to_dict("records")
+    ]
+    body = table("furthest-table", "Pairs that stand out", heads, rows)
+    return f"<p>{words}</p>" + filtered(
+        "furthest-table", "furthest", body, len(rows), "Pairs that stand out", "OQ or L10H7"
+    )
+
+
+def filtered(name: str, key: str, body: str, count: int, title: str, hint: str) -> str:
+    """A table with a box that filters its rows, in a region that scrolls."""
     return (
-        f'<p>{words}</p><div class="tools"><label>Filter <input type="search" '
-        'data-filter="edge-table" data-count="edge-count" placeholder="L4H7 or OK '
-        f'L5"></label><span class="note" id="edge-count" role="status">{len(rows)} of '
-        f'{len(rows)}</span></div><p class="note narrow">The table scrolls sideways.</p>'
-        '<div class="scroll tall" tabindex="0" role="region" '
-        f'aria-label="Strongest pairs">{body}</div>'
+        f'<div class="tools scripted"><label>Filter <input type="search" data-filter="{name}" '
+        f'data-count="{key}-count" placeholder="{hint}"></label><span class="note" '
+        f'id="{key}-count" role="status">{count:,} of {count:,}</span></div>'
+        '<p class="note narrow">The table scrolls sideways.</p>'
+        f'<div class="scroll tall" tabindex="0" role="region" aria-label="{title}">{body}</div>'
     )
 
 
@@ -197,8 +253,23 @@ def rate_cell(value: float) -> str:
     if value == 0:
         return '<td class="n" data-v="0">&lt; 1e−300</td>'
     if value < 1e-4:
-        return f'<td class="n" data-v="{value!r}">{value:.0e}</td>'.replace("e-", "e−")
+        shown = f"{value:.0e}".replace("e-", "e−")
+        return f'<td class="n" data-v="{value!r}">{shown}</td>'
     return number_cell(value, 4)
+
+
+def log_cell(value: float) -> str:
+    """A cell with a p-value from its logarithm to base 10, by which it sorts."""
+    if value != value:
+        return number_cell(None, 0)
+    if value > -4:
+        shown = f"{10**value:.4f}"
+    else:
+        power = math.floor(value)
+        digit = round(10 ** (value - power))
+        power, digit = (power + 1, 1) if digit == 10 else (power, digit)
+        shown = f"{digit}e−{-power}"
+    return f'<td class="n" data-v="{value!r}">{shown}</td>'
 
 
 def number_cell(value: float | None, decimals: int) -> str:

@@ -20,6 +20,7 @@ import pytest
 
 from skhead.report import write_report
 
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
@@ -76,12 +77,7 @@ class Tab:
         """Load a file in a window of a size, and wait until its script has run."""
         self.complaints.clear()
         self.requests.clear()
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=width, height=height, deviceScaleFactor=1, mobile=width < 600,
-        )  # fmt: skip
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.resize(width, dark, height)
         self.call("Page.navigate", url="about:blank")
         self.call("Page.navigate", url=page.resolve().as_uri() + fragment)
         end = time.monotonic() + _TIMEOUT
@@ -100,6 +96,28 @@ class Tab:
             raise RuntimeError(result["exceptionDetails"]["exception"]["description"])
         return result["result"].get("value")
 
+    def resolve(self, expression: str) -> Any:
+        """Value that a promise in the page comes to."""
+        result = self.call(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
+        if "exceptionDetails" in result:
+            raise RuntimeError(result["exceptionDetails"]["exception"]["description"])
+        return result["result"].get("value")
+
+    def resize(self, width: int, dark: bool, height: int = 900) -> None:
+        """Size of the window and the colours that its user prefers."""
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width, height=height, deviceScaleFactor=1, mobile=width < 600,
+        )  # fmt: skip
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+
+    def type(self, text: str) -> None:
+        """Put text in where the focus is."""
+        self.call("Input.insertText", text=text)
+
     def wait_for(self, condition: str) -> None:
         """Wait until an expression in the page is true."""
         end = time.monotonic() + _TIMEOUT / 6
@@ -110,7 +128,7 @@ class Tab:
 
     def press(self, key: str) -> None:
         """Press and release a key."""
-        code = {"Tab": 9, "Escape": 27, "Enter": 13}[key]
+        code = {"Tab": 9, "Escape": 27, "Enter": 13, " ": 32}[key]
         text = {"text": "\r"} if key == "Enter" else {}
         for kind in ("keyDown", "keyUp"):
             self.call(
@@ -209,6 +227,25 @@ def running(browser: str) -> Iterator[Tab]:
 def gpt2_page(gpt2_path: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Report on GPT-2 small."""
     return write_report(gpt2_path, tmp_path_factory.mktemp("gpt2"), labels="yamagiwa2026")
+
+
+def find_axe() -> Path | None:
+    """Script of axe-core, if it is installed: named by SKHEAD_AXE, or in node_modules."""
+    given = os.environ.get("SKHEAD_AXE")
+    if given is not None:
+        return Path(given)
+    script = Path("node_modules") / "axe-core" / "axe.min.js"
+    places = (ROOT / script, ROOT / ".venv" / script)
+    return next((path for path in places if path.is_file()), None)
+
+
+@pytest.fixture(scope="session")
+def axe() -> str:
+    """Source of axe-core; skips where it is not installed."""
+    path = find_axe()
+    if path is None:
+        pytest.skip("axe-core not found: npm install axe-core, or set SKHEAD_AXE to axe.min.js")
+    return path.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

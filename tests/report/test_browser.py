@@ -83,8 +83,8 @@ def test_sorting_by_keyboard(opened):
 
 def test_filter_keeps_rows_with_all_words(opened):
     opened.js(
-        "(() => { const box = document.querySelector('input[type=search]'); box.value = 'ok l0h0';"
-        "box.dispatchEvent(new Event('input')); })()"
+        "(() => { const box = document.querySelector('[data-filter=edge-table]');"
+        "box.value = 'ok l0h0'; box.dispatchEvent(new Event('input')); })()"
     )
     shown = opened.js(
         "Array.from(document.querySelectorAll('#edge-table tbody tr:not([hidden])'))"

@@ -66,13 +66,14 @@ def test_tables_of_the_page_are_the_top_pairs(page, similarity):
 def test_composition_beside_an_edge_is_that_of_the_same_pair(page):
     scores = skhead.CompositionScore().fit_transform(skhead.load_heads(MODEL))
     for row in Tables(page).tables["edge-table"][1:]:
-        assert float(row[10]) == pytest.approx(scores.pair(row[0]).loc[row[2], row[3]], rel=1e-6)
+        assert float(row[12]) == pytest.approx(scores.pair(row[0]).loc[row[2], row[3]], rel=1e-6)
 
 
 def test_csv_files_parse_back_to_the_same_numbers(page, similarity):
     edges = pd.read_csv(page.with_name("edges.csv"))
     columns = ["pair", "rank", "source", "target", "score", "expected", "ratio"]
-    columns += ["ratio_anisotropic", "z_anisotropic", "q_anisotropic"]
+    columns += ["ratio_anisotropic", "z_anisotropic", "log10_p_anisotropic"]
+    columns += ["q_anisotropic", "q_empirical"]
     assert edges.columns.tolist() == columns
     best = similarity.top_pairs(20)
     np.testing.assert_array_equal(edges["score"].astype(np.float32), best["score"])
