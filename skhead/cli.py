@@ -1,4 +1,4 @@
-"""The command line: ``skhead report`` and ``skhead demo``."""
+"""The command line: ``skhead report``, ``skhead compare`` and ``skhead demo``."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     try:
-        return _report(arguments)
+        return int(arguments.run(arguments))
     except (SkheadError, ValueError, OSError) as error:
         if arguments.traceback:
             raise
@@ -72,6 +72,32 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(arguments: argparse.Namespace) -> int:
+    from skhead.report import write_comparison
+
+    page = write_comparison(
+        arguments.source,
+        arguments.second,
+        arguments.output,
+        revision=arguments.revision,
+        revision_b=arguments.revision_b,
+        part=arguments.part,
+        k=arguments.k,
+        labels=arguments.labels,
+        fold_norm=arguments.fold_norm,
+        center=arguments.center,
+        fold_norm_b=arguments.fold_norm or arguments.fold_norm_b,
+        center_b=arguments.center or arguments.center_b,
+        bases=arguments.bases,
+        null=arguments.null,
+        max_memory=arguments.max_memory,
+        device=arguments.device,
+        progress=_say,
+    )
+    print(page)
+    return 0
+
+
 def _say(line: str) -> None:
     print(f"skhead: {line}", file=sys.stderr, flush=True)
 
@@ -94,24 +120,17 @@ def _parser() -> argparse.ArgumentParser:
         help="write a page on one model",
         description="Write DIR/report.html on one model, tables beside it; print its path.",
     )
-    report.add_argument(
-        "source",
-        metavar="SOURCE",
-        help="a directory in Hugging Face layout, a .safetensors file, a hub id, or a bundled name",
+    report.set_defaults(run=_report)
+    compare = commands.add_parser(
+        "compare",
+        help="write a page on what differs between two models or processings",
+        description="Write DIR/compare.html on two models, or on one in two revisions or "
+        "processings, tables beside it; print its path.",
     )
-    report.add_argument("-o", "--output", metavar="DIR", required=True, help="where to write")
-    report.add_argument("--revision", help="branch, tag or commit of a hub repository")
-    report.add_argument(
-        "--part", choices=("encoder", "decoder", "cross"), help="of an encoder-decoder"
-    )
-    report.add_argument(
-        "--labels",
-        metavar="NAME|CSV",
-        help="classes of heads: wang2022, yamagiwa2026, induction-2l, none, or a CSV file with the "
-        "columns layer, head, class (default: a set that fits the model, if there is one)",
-    )
-    report.add_argument("--fold-norm", action="store_true", help="fold norm gains into the weights")
-    report.add_argument("--center", action="store_true", help="centre the weights over d_model")
+    compare.set_defaults(run=_compare)
+    for command in (report, compare):
+        _add_model(command)
+    _add_second(compare)
     report.add_argument(
         "--operations",
         metavar="NAMES|PATH",
@@ -138,24 +157,60 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(
         source=_DEMO, revision=None, part=None, labels=None, fold_norm=False, center=False,
-        operations=None, tokenizer=None,
+        operations=None, tokenizer=None, run=_report,
     )  # fmt: skip
     for command in (report, demo):
-        _add_common(command)
+        _add_pieces(command)
+    for command, null in ((report, "anisotropic"), (demo, "anisotropic"), (compare, "empirical")):
+        _add_common(command, null)
     return parser
 
 
-def _add_common(command: argparse.ArgumentParser) -> None:
+def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--k", type=_positive, default=20, help="edges of each pair kind (default: %(default)s)"
+        "source",
+        metavar="SOURCE",
+        help="a directory in Hugging Face layout, a .safetensors file, a hub id, or a bundled name",
+    )
+    command.add_argument("-o", "--output", metavar="DIR", required=True, help="where to write")
+    command.add_argument("--revision", help="branch, tag or commit of a hub repository")
+    command.add_argument(
+        "--part", choices=("encoder", "decoder", "cross"), help="of an encoder-decoder"
     )
     command.add_argument(
-        "--null",
-        default="anisotropic",
+        "--labels",
+        metavar="NAME|CSV",
+        help="classes of heads: wang2022, yamagiwa2026, induction-2l, none, or a CSV file with the "
+        "columns layer, head, class (default: a set that fits the model, if there is one)",
+    )
+    command.add_argument(
+        "--fold-norm", action="store_true", help="fold norm gains into the weights"
+    )
+    command.add_argument("--center", action="store_true", help="centre the weights over d_model")
+
+
+def _add_second(compare: argparse.ArgumentParser) -> None:
+    compare.add_argument(
+        "second",
+        metavar="SOURCE_B",
+        nargs="?",
+        help="the second model (default: the first, in another revision or processing)",
+    )
+    compare.add_argument("--revision-b", metavar="REVISION", help="of the second model")
+    compare.add_argument(
+        "--fold-norm-b", action="store_true", help="fold norm gains into the second model only"
+    )
+    compare.add_argument("--center-b", action="store_true", help="centre the second model only")
+    compare.add_argument(
+        "--bases",
+        default="auto",
         metavar="NAME",
-        help="null law of the edges: haar, gaussian, anisotropic, signflip or empirical (default: "
-        "%(default)s)",
+        help="whether both have one residual stream: auto, shared or unrelated (default: "
+        "%(default)s, which asks the weights)",
     )
+
+
+def _add_pieces(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--no-composition",
         dest="composition",
@@ -167,6 +222,19 @@ def _add_common(command: argparse.ArgumentParser) -> None:
         dest="cards",
         action="store_false",
         help="leave out the scores and cards of single heads",
+    )
+
+
+def _add_common(command: argparse.ArgumentParser, null: str) -> None:
+    command.add_argument(
+        "--k", type=_positive, default=20, help="edges of each pair kind (default: %(default)s)"
+    )
+    command.add_argument(
+        "--null",
+        default=null,
+        metavar="NAME",
+        help="null law of the edges: haar, gaussian, anisotropic, signflip or empirical (default: "
+        "%(default)s)",
     )
     command.add_argument(
         "--max-memory",

@@ -11,12 +11,13 @@ import numpy as np
 import pandas as pd
 
 from skhead._report.chance import STANDS_OUT
+from skhead._report.comparison import Comparison
 from skhead._report.data import Analysis, named_after_null
 from skhead._report.page import Download
 from skhead.containers import Similarity
 from skhead.graph import wiring_graph, write_graphml
 
-__all__ = ["MOST_PAIRS", "write_files"]
+__all__ = ["MOST_PAIRS", "write_comparison_files", "write_files"]
 
 #: Rows of pairs.csv beyond which it is not written.
 MOST_PAIRS = 2_000_000
@@ -71,6 +72,43 @@ def write_files(analysis: Analysis, numbers: Mapping[str, Any], directory: Path)
         )
     )
     return [*downloads, *_write_pairs(analysis, directory / "pairs.csv")]
+
+
+def write_comparison_files(
+    found: Comparison, numbers: Mapping[str, Any], directory: Path
+) -> list[Download]:
+    """Write everything but the page of a comparison, and list it for the page.
+
+    Parameters
+    ----------
+    found : Comparison
+    numbers : mapping
+        From `skhead._report.numbers.summarize_comparison`.
+    directory : Path
+        An existing directory.
+
+    Returns
+    -------
+    list of Download
+    """
+    shared = found.refusal is None
+    heads = found.heads.rename_axis("label").to_csv() if shared else found.heads.to_csv(index=False)
+    summary = json.dumps(numbers, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    what = "one row per head: distances, figures of A and B" if shared else (
+        "one row per head of A and of B: figures, nearest spectra in the other model"
+    )  # fmt: skip
+    downloads = [Download("compare.csv", what, "text/csv", heads.encode())]
+    edges = directory / "compare_edges.csv"
+    edges.unlink(missing_ok=True)
+    if shared:
+        content = found.edges.to_csv(index=False).encode()
+        downloads.append(Download(edges.name, "pairs that appear or vanish", "text/csv", content))
+    what = "the numbers of this page"
+    downloads.append(Download("summary.json", what, "application/json", summary.encode()))
+    for file in downloads:
+        if file.content is not None:
+            (directory / file.name).write_bytes(file.content)
+    return downloads
 
 
 def _write_pairs(analysis: Analysis, path: Path) -> list[Download]:

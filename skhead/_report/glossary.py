@@ -83,10 +83,18 @@ PLACES: tuple[tuple[str, str, str], ...] = (
     (
         "previous token",
         "previous_token",
-        "attention by position alone, above uniform attention, at most 1",
+        "attention to it by position alone, above uniform attention, at most 1",
     ),
-    ("own position", "current_token", "the same, to the token itself"),
-    ("first position", "first_token", "the same, to the first token"),
+    (
+        "own position",
+        "current_token",
+        "attention to the token itself by position alone, above uniform attention",
+    ),
+    (
+        "first position",
+        "first_token",
+        "attention to the first token by position alone, above uniform attention",
+    ),
     (
         "induction",
         "induction_strength",

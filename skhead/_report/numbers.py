@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 import skhead
 from skhead._report.chance import CONSTANT, FDR, STANDS_OUT
 from skhead._report.class_section import class_numbers
+from skhead._report.comparison import Comparison, title_of
 from skhead._report.data import Analysis, Cards, expected_of, scores_of
 from skhead._report.induction import induction_numbers
 from skhead._report.operations import operation_numbers
 from skhead.calibration import informativeness
 from skhead.containers import Similarity, reference_law
 
-__all__ = ["QUANTILES", "kernel_numbers", "summarize"]
+__all__ = ["QUANTILES", "kernel_numbers", "summarize", "summarize_comparison"]
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.97, 0.99)
 _HUBS = 15
@@ -63,6 +64,54 @@ def summarize(analysis: Analysis) -> dict[str, Any]:
         "top_pairs": _records(analysis.edges),
         "outstanding_pairs": _records(analysis.verdicts[STANDS_OUT].furthest),
     }
+
+
+def summarize_comparison(found: Comparison) -> dict[str, Any]:
+    """Everything that the page on two models says in numbers, but heads and edges one by one.
+
+    Parameters
+    ----------
+    found : Comparison
+
+    Returns
+    -------
+    dict
+        Ready for JSON.
+    """
+    distances = [name for name in found.heads if str(name).startswith("distance_")]
+    return {
+        "versions": {"skhead": skhead.__version__, "torch": torch.__version__},
+        "sides": {
+            side: {
+                "title": title_of(analysis),
+                "source": _source(analysis),
+                "record": dict(analysis.kernel.record),
+                "classes": _classes(analysis),
+                "predicted_classes": class_numbers(analysis.guesses)["zoo"],
+                "roles": None if analysis.cards is None else _cards(analysis.cards)["rules"],
+            }
+            for side, analysis in zip("AB", found.sides, strict=True)
+        },
+        "null": {"chosen": found.sides[0].options.null, "fdr": FDR},
+        "head_by_head": found.refusal is None,
+        "refused": found.refusal,
+        "closest_to_namesake": found.matched,
+        "mean_distances": {
+            str(name).removeprefix("distance_"): float(found.heads[name].mean())
+            for name in distances
+        },
+        "pairs": _indexed(found.pairs),
+        "edges": {str(k): int(n) for k, n in found.edges["change"].value_counts().items()}
+        if not found.edges.empty
+        else {},
+        "overlaps": _records(found.overlaps),
+        "scores": _indexed(found.scores),
+        "spectra": _indexed(found.spectra),
+    }
+
+
+def _indexed(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    return {str(label): row for label, row in zip(table.index, _records(table), strict=True)}
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -10,6 +10,9 @@ from importlib import resources
 from string import Template
 from typing import Any
 
+import torch
+
+import skhead
 from skhead._report.cards import head_cards
 from skhead._report.chance import FDR, STANDS_OUT
 from skhead._report.class_section import classes
@@ -24,7 +27,7 @@ from skhead._report.roles import roles
 from skhead._report.tables import edge_table, furthest_table, hub_table
 from skhead._report.words import READS, notes, summary_words
 
-__all__ = ["Download", "render"]
+__all__ = ["Download", "assemble", "download_list", "render"]
 
 #: Turns the colours round; the script shows it.
 THEME = (
@@ -102,7 +105,7 @@ def render(analysis: Analysis, numbers: Mapping[str, Any], downloads: Sequence[D
         sections.insert(3, ("roles", "What single heads do", roles(analysis, analysis.cards)))
         drawn = head_cards(analysis, analysis.cards, numbers)
         sections.append(("cards", "Head cards", drawn))
-    sections.append(("files", "Files", _files(downloads)))
+    sections.append(("files", "Files", download_list(downloads)))
     info = analysis.info
     layers = (
         len(numbers["source"]["layers_with_heads"]) if analysis.scope != "shared" else info.n_layers
@@ -112,23 +115,48 @@ def render(analysis: Analysis, numbers: Mapping[str, Any], downloads: Sequence[D
         f"d_model {info.d_model}. The projection kernel (PK) measures how much of what one head "
         "writes (O) lies in what another reads with its queries (Q), keys (K) or values (V)."
     )
+    return assemble(
+        title=f"{info.name}: wiring of attention heads",
+        kicker="Wiring of attention heads, read from weights",
+        name=info.name,
+        lead=lead,
+        sections=sections,
+    )
+
+
+def assemble(
+    *, title: str, kicker: str, name: str, lead: str, sections: Sequence[tuple[str, str, str]]
+) -> str:
+    """A page of sections with style, script and links to the sections.
+
+    Parameters
+    ----------
+    title, kicker, name, lead : str
+        Plain texts of the window, above the heading, of the heading, and below it.
+    sections : sequence of (str, str, str)
+        Identifier, heading and markup of each.
+
+    Returns
+    -------
+    str
+    """
     texts = {
-        "version": numbers["versions"]["skhead"],
-        "torch": numbers["versions"]["torch"],
-        "title": f"{info.name}: wiring of attention heads",
-        "kicker": "Wiring of attention heads, read from weights",
-        "name": info.name,
+        "version": skhead.__version__,
+        "torch": torch.__version__,
+        "title": title,
+        "kicker": kicker,
+        "name": name,
         "lead": lead,
     }
     pieces = {key: escape(value) for key, value in texts.items()} | {
         "style": _asset("style.css"),
         "script": _asset("script.js"),
         "theme": THEME,
-        "navigation": " ".join(f'<a href="#{key}">{title}</a>' for key, title, _ in sections),
+        "navigation": " ".join(f'<a href="#{key}">{words}</a>' for key, words, _ in sections),
         "sections": "\n".join(
             f'<section id="{key}" aria-labelledby="h-{key}"><h2 '
-            f'id="h-{key}">{title}</h2>\n{body}\n</section>'
-            for key, title, body in sections
+            f'id="h-{key}">{words}</h2>\n{body}\n</section>'
+            for key, words, body in sections
         ),
     }
     return Template(_asset("template.html")).substitute(pieces)
@@ -252,7 +280,8 @@ def _legend(analysis: Analysis) -> str:
     return f'<ul class="classes" aria-label="Classes of heads">{"".join(items)}</ul>'
 
 
-def _files(downloads: Sequence[Download]) -> str:
+def download_list(downloads: Sequence[Download]) -> str:
+    """Links to the files beside the page."""
     items = []
     for file in downloads:
         if not file.name:

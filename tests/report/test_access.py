@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from skhead.report import write_report
+from skhead.report import write_comparison, write_report
 
 pytestmark = pytest.mark.browser
 
@@ -50,6 +50,20 @@ def assert_no_violation(tab, axe, page):
 
 def test_report_has_no_violation(tab, axe, page):
     assert_no_violation(tab, axe, page)
+
+
+@pytest.mark.parametrize("second", [None, "skhead/zoo/learned-attn-2"])
+def test_comparison_has_no_violation(tab, axe, tmp_path, second):
+    page = write_comparison("skhead/induction-2l", second, tmp_path, fold_norm_b=second is None)
+    assert_no_violation(tab, axe, page)
+    assert tab.complaints == []
+    assert [url for url in tab.requests if not url.startswith(("file:", "data:"))] == []
+    assert tab.js("document.documentElement.scrollWidth") == 390
+    tab.js("document.querySelector('[data-filter=score-table]').focus()")
+    tab.type("copying")
+    assert tab.js("document.getElementById('score-count').textContent") == (
+        f"{tab.js(COUNT.format('score-table'))} of 42"
+    )
 
 
 def test_axe_sees_what_is_wrong(tab, axe, page):
