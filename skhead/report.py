@@ -69,7 +69,7 @@ def write_report(
         Also compute composition scores.
     cards : bool, default=True
         Also score what single heads do, as `CircuitScorer` does, and give every head a card. In a
-        model of more than 400 heads, those of the diagram and those of largest scores have one.
+        model of more than 200 heads, those of the diagram and those of largest scores have one.
     max_memory : int or str, default="1GiB"
         Scratch that each comparison may use.
     device : str, optional

@@ -24,7 +24,7 @@ _FEWEST_BINS, _MOST_BINS = 24, 96
 _STROKES = 40
 #: Share of the values that a histogram shows; a few far ones would squeeze the rest.
 _SHOWN, _MANY = 0.999, 1000
-_LARGEST_PICTURE = 640
+_LARGEST_PICTURE = 400
 #: Cells from this width on carry the head's label instead of the layer's.
 _LABEL_WIDTH = 30
 _LARGEST_PACKED = 200

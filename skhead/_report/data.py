@@ -39,9 +39,9 @@ __all__ = [
 ]
 
 #: Heads up to which every one gets a card; of more, those of the diagram and some by score.
-MOST_CARDS = 400
+MOST_CARDS = 200
 #: Heads of every rule that get a card in a large model.
-_BEST = 10
+_BEST = 6
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from skhead.weights import head_labels
 __all__ = ["all_heads", "strongest_partner"]
 
 #: Heads up to which all have a row; of more, those with a card.
-MOST_ROWS = 1000
+MOST_ROWS = 600
 #: Scores that have a column, as far as they are known.
 _SCORES = (
     ("previous_token", "Previous token"),

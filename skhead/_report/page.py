@@ -29,6 +29,8 @@ from skhead._report.words import READS, notes, summary_words
 
 __all__ = ["Download", "assemble", "download_list", "render"]
 
+#: Bytes of a file up to which the page carries it.
+_MOST_CARRIED = 250_000
 #: Turns the colours round; the script shows it.
 THEME = (
     '<button type="button" id="theme" class="scripted" aria-pressed="false">Dark colours</button>'
@@ -49,7 +51,7 @@ class Download:
     media : str
         Media type.
     content : bytes or None
-        Carried inside the page too, unless None.
+        Carried inside the page too, unless None or long.
     """
 
     name: str
@@ -286,7 +288,7 @@ def download_list(downloads: Sequence[Download]) -> str:
     for file in downloads:
         if not file.name:
             link = escape(file.what)
-        elif file.content is None:
+        elif file.content is None or len(file.content) > _MOST_CARRIED:
             link = f'<a href="{file.name}">{file.name}</a>, beside this page: {escape(file.what)}'
         else:
             data = base64.b64encode(file.content).decode("ascii")
@@ -297,6 +299,7 @@ def download_list(downloads: Sequence[Download]) -> str:
             )
         items.append(f"<li>{link}</li>")
     return (
-        "<p>The first of each pair of links works from this page alone, wherever it is copied.</p>"
+        "<p>Where there is a pair of links, the first works from this page alone, wherever it is "
+        "copied.</p>"
         f'<ul class="downloads">{"".join(items)}</ul>'
     )
