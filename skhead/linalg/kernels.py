@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from skhead.exceptions import MemoryBudgetError
-from skhead.linalg.precision import MATMUL_PRECISIONS, matmul_precision, rounded_product, wide
+from skhead.linalg.precision import MATMUL_PRECISIONS, matmul_precision, product, wide
 from skhead.linalg.stacks import (
     Stack,
     StoredStack,
@@ -46,9 +46,9 @@ _WIDEST_PANEL = 128
 _NARROWEST_PANEL = 8
 #: Rows of a tile of the direct product beyond which a GEMM gains nothing.
 _WIDEST_TILE = 4096
-#: Row heads of a band of the packed product, below which its GEMM slows down, and bands beyond
-#: which little work is left to be saved.
-_NARROWEST_BAND = 48
+#: Row heads of a band of the packed product come in multiples of this, three vectors of AVX-512, at
+#: which its GEMM is as fast as any; beyond this number of bands little work is left to be saved.
+_BAND_STEP = 48
 _MOST_BANDS = 16
 #: Heads whose blocks are rounded to bfloat16 at a time.
 _ROUNDED_HEADS = 32
@@ -223,7 +223,7 @@ def _bands(
 
 def _cut(asked: NDArray[np.int64]) -> list[_Band]:
     """Bands of neighbouring rows, each with all columns from the first to the last asked for."""
-    height = max(_NARROWEST_BAND, -(-len(asked) // _MOST_BANDS))
+    height = _BAND_STEP * -(-len(asked) // (_BAND_STEP * _MOST_BANDS))
     bands: list[_Band] = []
     for start in range(0, len(asked), height):
         band = slice(start, min(start + height, len(asked)))
@@ -323,28 +323,30 @@ class _BandSums:
                 result = self._results[i, j][band]
                 heads = left.span(i, band[0]), right.span(j, band[1])
                 total = left.identity_part(right, *heads)
-                if not wide_sums:
+                if wide_sums:
+                    total = total.mT.contiguous()
+                else:
                     result.copy_(total)
-                    total = result
-                self._parts.append((*heads, total, result))
+                self._parts.append((*heads, total if wide_sums else result, result))
 
     def add(self, left: torch.Tensor, right: torch.Tensor, weight: float) -> None:
         """Add the products of one residual-space block, of all heads of both sides."""
         for rows, columns, total, _ in self._parts:
-            a, b = left[rows], right[columns].mT
-            if a.dtype == torch.bfloat16:
-                total.add_(rounded_product(a, b), alpha=weight)
-            elif self._wide:
-                total.add_(a @ b, alpha=weight)
+            a, b = left[rows], right[columns]
+            # A band has few rows, which is faster as the short side of the product on its right.
+            if self._wide:
+                total.add_(product(b, a.mT), alpha=weight)
+            elif a.dtype == torch.bfloat16:
+                total.add_(product(a, b.mT), alpha=weight)
             else:
-                total.addmm_(a, b, alpha=weight)
+                total.addmm_(a, b.mT, alpha=weight)
 
     def finished(self) -> dict[Block, torch.Tensor]:
         """The sums of every block, once."""
         while self._parts:
             *_, total, result = self._parts.pop()
             if total is not result:
-                result.copy_(total)
+                result.copy_(total.mT)
         return self._results
 
 

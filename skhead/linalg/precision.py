@@ -19,7 +19,7 @@ __all__ = [
     "MATMUL_PRECISIONS",
     "fast_float32_matmul",
     "matmul_precision",
-    "rounded_product",
+    "product",
     "tall_product",
     "wide",
 ]
@@ -74,21 +74,22 @@ def fast_float32_matmul(device: torch.device) -> AbstractContextManager[None]:
     return matmul_precision(device)
 
 
-def rounded_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Product of bfloat16 matrices, in float32 where the device gives that.
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Product of two matrices; of bfloat16 ones, in float32 where the device gives that.
 
-    On the CPU the product is rounded to bfloat16 too, a relative error of ``2^-9`` of each entry.
+    On the CPU a product of bfloat16 matrices is rounded to bfloat16 too, a relative error of
+    ``2^-9`` of each entry.
 
     Parameters
     ----------
-    a : Tensor of shape (n, m), bfloat16
-    b : Tensor of shape (m, r), bfloat16
+    a : Tensor of shape (n, m)
+    b : Tensor of shape (m, r)
 
     Returns
     -------
     Tensor of shape (n, r)
     """
-    if a.device.type == "cuda" and _WIDE_OUTPUT:
+    if a.dtype == torch.bfloat16 and a.device.type == "cuda" and _WIDE_OUTPUT:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a @ b
 

@@ -183,9 +183,9 @@ def test_spans_of_heads_compared_with_themselves(method, blocks):
 
 
 def test_half_the_work_is_left_out_of_ordered_layers():
-    stacks = [random_stack(1600, 8, 8, seed) for seed in range(2)]
-    rows = np.arange(1600)
-    spans = np.stack([rows + 1, np.full(1600, 1600)], axis=1)
+    stacks = [random_stack(1536, 8, 8, seed) for seed in range(2)]
+    rows = np.arange(1536)
+    spans = np.stack([rows + 1, np.full(1536, 1536)], axis=1)
     found = overlap_blocks(stacks, None, [(0, 1)], spans={(0, 1): spans})[0, 1]
     assert float(found.isnan().float().mean()) == pytest.approx(0.5 - 1 / 32, abs=0.001)
     triangle = plan_overlaps(stacks, None, [(0, 0)], 2**30, "direct").flops
