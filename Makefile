@@ -5,6 +5,8 @@ VENV ?= .venv
 # An index to take torch from, for example https://download.pytorch.org/whl/cpu for the small CPU build.
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+# Processes that share the tests; each computes with one thread.
+TEST_JOBS ?= 2
 BENCH_ARGS ?=
 BENCH_SHAPES ?= gpt2-small gpt2-medium gpt2-large gpt2-xl
 BENCH_LLAMA_LAYERS ?= 8 32
@@ -38,7 +40,7 @@ help:
 	@echo "make test-oldest some of the tests with the oldest requirements that pyproject.toml allows"
 	@echo "make ci-browser  install chromium and axe-core where they are missing and can be had"
 	@echo "make clean       remove what was built; make distclean also removes $(VENV)"
-	@echo "Variables: PYTHON=python3.12  TORCH_INDEX=https://download.pytorch.org/whl/cpu  PYTEST_ARGS='-k graph'"
+	@echo "Variables: PYTHON=python3.12  TORCH_INDEX=https://download.pytorch.org/whl/cpu  PYTEST_ARGS='-k graph'  TEST_JOBS=4"
 	@echo "SKHEAD_MODELS=DIR  real trained weights for tests and benchmarks"
 
 # Environments. Each stamp holds one set of extras; a later set contains the earlier ones.
@@ -68,7 +70,8 @@ demo: $(VENV)/.lens
 	@echo "Open in a browser: file://$(abspath $(DEMO_DIR))/report.html"
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest --doctest-modules skhead tests $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile \
+	    --doctest-modules skhead tests $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

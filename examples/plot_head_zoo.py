@@ -16,13 +16,16 @@ and names the previous-token and induction heads of the others from their weight
 # measures of a head within its own model, as :class:`~skhead.CircuitScorer` makes them: whether a
 # head copies, whether it prefers the previous position, what it composes with.
 
+import tempfile
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import pandas as pd
 from sklearn.model_selection import GroupKFold, LeaveOneGroupOut
 from sklearn.pipeline import make_pipeline
 
 import skhead
-from skhead.inspection import HeadClassDisplay
+from skhead.inspection import HeadClassDisplay, HeadScoreDisplay
 from skhead.metrics import (
     MacroAveragePrecision,
     baseline_scores,
@@ -107,3 +110,26 @@ ax = best.loc[shown, learned].sort_values("Induction").plot.barh(figsize=(7, 4.5
 ax.set(xlabel="average precision of one feature", xlim=(0, 1.02))
 plt.tight_layout()
 best.loc[["ov_copying", "induction_matching", "induction_strength", "previous_token"]].round(2)
+
+# %%
+# One model, head by head
+# -----------------------
+#
+# A classifier learned from the whole zoo is asked about a model that is not part of it. It is kept
+# in a file that holds numbers and names only, no code, and opened again as on another day; what it
+# says is drawn on the grid of layers and heads.
+
+model = make_pipeline(skhead.CircuitScorer(), skhead.HeadClassifier()).fit(heads, y)
+with tempfile.TemporaryDirectory() as directory:
+    skhead.save(model, Path(directory) / "classifier.safetensors")
+    opened = skhead.load(Path(directory) / "classifier.safetensors")
+
+asked = skhead.load_heads("skhead/induction-2l")
+chances = pd.DataFrame(opened.predict_proba(asked), index=asked.index, columns=opened.classes_)
+figure, axes = plt.subplots(1, 2, figsize=(7.5, 2.6), layout="constrained")
+for ax, name in zip(axes, learned, strict=True):
+    HeadScoreDisplay.from_scores(chances[name], asked, f"probability of {name}", ax=ax)
+chances[learned].loc[["L0H0", "L1H1"]].round(2)
+
+# %%
+# By behaviour, L0H0 is this model's previous-token head and L1H1 its induction head.

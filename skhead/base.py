@@ -31,6 +31,15 @@ class HeadMatrices(NamedTuple):
         In residual coordinates, float32 or wider.
     heads : DataFrame
         Heads table.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from skhead import LinearCKA
+    >>> from skhead.base import validate_heads
+    >>> found = validate_heads(LinearCKA(), np.ones((3, 8, 2)), "O", reset=True)
+    >>> tuple(found.matrices.shape), len(found.labels)
+    ((3, 8, 2), 3)
     """
 
     matrices: torch.Tensor

@@ -92,7 +92,11 @@ MUTATING = {
 }  # fmt: skip
 CACHES = ("lru_cache", "cache", "cached")
 #: Caches of pure functions whose values nobody can change; functools keeps them under a lock.
-PURE = {("linalg/precision.py", "_probe"), ("stats/haar_tails.py", "_sampled_law")}
+PURE = {
+    ("_report/classes.py", "_scores_of_zoo"),
+    ("linalg/precision.py", "_probe"),
+    ("stats/haar_tails.py", "_sampled_law"),
+}
 
 
 #: Filled by a decorator while modules are imported, and only read afterwards.

@@ -111,7 +111,9 @@ def _scores_of_zoo(fold_norm: bool, center: bool, device: str | None) -> NDArray
         # What processing means for a model of the zoo is no news about the model of the report.
         warnings.simplefilter("ignore", UserWarning)
         scores = scorer.fit_transform(load_head_zoo().heads)
-    return scores.to_numpy(dtype=np.float64)
+    found = scores.to_numpy(dtype=np.float64, copy=True)
+    found.setflags(write=False)
+    return found
 
 
 def guess_from_labels(subspaces: Subspaces, classes: HeadClasses) -> Guess:

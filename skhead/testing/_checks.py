@@ -38,6 +38,14 @@ class HeadCheck:
         Raises AssertionError where a bench shows a violation.
     needs : sequence of callable
         From a bench to the reason why the check does not apply, or None.
+
+    Examples
+    --------
+    >>> import skhead
+    >>> from skhead.testing import head_estimator_checks
+    >>> estimator, check = next(head_estimator_checks(skhead.ProjectionKernel()))
+    >>> type(check).__name__
+    'HeadCheck'
     """
 
     name: str
@@ -55,6 +63,15 @@ class HeadCheck:
         Parameters
         ----------
         estimator : estimator
+
+        Examples
+        --------
+        >>> import skhead
+        >>> from skhead.testing import head_estimator_checks
+        >>> checks = head_estimator_checks(skhead.ProjectionKernel())
+        >>> named = {check.name: check.reason(estimator) for estimator, check in checks}
+        >>> named["check_pickle"] is None
+        True
         """
         bench = Bench(estimator)
         return next((why for need in self.needs if (why := need(bench)) is not None), None)
