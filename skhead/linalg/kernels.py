@@ -50,8 +50,6 @@ _WIDEST_TILE = 4096
 #: which its GEMM is as fast as any; beyond this number of bands little work is left to be saved.
 _BAND_STEP = 48
 _MOST_BANDS = 16
-#: Share of the memory that is given to spare copies; all is, where these are reads of files.
-_COPIES_SHARE = 0.25
 #: Heads whose blocks are rounded to bfloat16 at a time.
 _ROUNDED_HEADS = 32
 
@@ -73,7 +71,7 @@ class OverlapPlan:
     column_width : int
         Heads per column tile (direct); 0 for packed.
     group : int
-        Panels of rows held at once (packed), so often is a stack copied or read less; 0 for direct.
+        Panels of rows held at once (packed), so often is a stored stack read less; 0 for direct.
     wide_sums : bool
         Whether the blocks' contributions are added up in float64 (packed), which takes the largest
         error of a projection kernel from 1e-5 to 2e-6; only where memory allows.
@@ -269,11 +267,10 @@ def _plan_packed(
     product, sums = itemsize * max(areas, default=0), 8 * sum(areas)
     wide_sums = scratch + sums + product <= max_memory
     scratch += sums + product if wide_sums else product * (precision == "medium")
-    room = max(max_memory - scratch, 0)
-    if not any(isinstance(stack, StoredStack) for stack in sides):
-        room = min(room, int(max_memory * _COPIES_SHARE))
-    group = min(panels, 1 + room // panel)
-    scratch += (group - 1) * panel
+    group = 1
+    if any(isinstance(stack, StoredStack) for stack in sides):
+        group = min(panels, 1 + max(max_memory - scratch, 0) // panel)
+        scratch += (group - 1) * panel
     return OverlapPlan("packed", width, 0, group, wide_sums, scratch, flops)
 
 
