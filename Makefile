@@ -12,6 +12,10 @@ BENCH_SHAPES ?= gpt2-small gpt2-medium gpt2-large gpt2-xl
 BENCH_LLAMA_LAYERS ?= 8 32
 FUZZ_RUNS ?= 10000
 FUZZ_DIR ?= .fuzz
+MUTANTS ?= 150
+SEED ?= 0
+MUTATION_PROCESSES ?= 2
+MUTATION_REPORT ?= mutation-report.json
 OLDEST_VENV ?= .venv-oldest
 OLDEST_TESTS ?= tests/linalg tests/weights tests/test_common.py tests/test_kernels.py tests/test_persistence.py
 DEMO_DIR ?= demo-report
@@ -25,7 +29,7 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 REQUIREMENTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types contracts docs bench bench-page fuzz test-oldest ci-browser clean distclean
+.PHONY: help demo test lint format types contracts docs bench bench-page fuzz mutation test-oldest ci-browser clean distclean
 
 help:
 	@echo "make demo        install, analyse the bundled model, write $(DEMO_DIR)/report.html"
@@ -37,6 +41,7 @@ help:
 	@echo "make bench       side-by-side benchmark against TransformerLens and loops over pairs"
 	@echo "make bench-page  measure everything (hours) and write docs/benchmarks.rst"
 	@echo "make fuzz        feed readers of files with FUZZ_RUNS inputs each, guided by coverage"
+	@echo "make mutation    change MUTANTS places of skhead.linalg and skhead.stats, one at a time: do tests notice?"
 	@echo "make test-oldest some of the tests with the oldest requirements that pyproject.toml allows"
 	@echo "make ci-browser  install chromium and axe-core where they are missing and can be had"
 	@echo "make clean       remove what was built; make distclean also removes $(VENV)"
@@ -129,6 +134,15 @@ fuzz: $(VENV)/.fuzz
 	    $(BIN)/python scripts/fuzz.py $$target $(FUZZ_RUNS) $(FUZZ_DIR) || exit 1; \
 	done
 
+# cosmic-ray is no requirement of anything else either.
+$(VENV)/.mutation: $(VENV)/.test
+	$(PIP) install --quiet 'cosmic-ray>=8.7'
+	@touch $@
+
+mutation: $(VENV)/.mutation
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/mutation_check.py --mutants $(MUTANTS) --seed $(SEED) \
+	    --processes $(MUTATION_PROCESSES) --json $(MUTATION_REPORT)
+
 ci-browser:
 	@if command -v chromium || command -v chromium-browser || command -v google-chrome; then \
 	    echo "a browser is installed"; \
@@ -147,7 +161,7 @@ ci-browser:
 	fi
 
 clean:
-	rm -rf build dist $(DEMO_DIR) docs/_build docs/api/generated docs/gallery docs/sg_execution_times.rst
+	rm -rf build dist $(DEMO_DIR) $(MUTATION_REPORT) docs/_build docs/api/generated docs/gallery docs/sg_execution_times.rst
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find skhead tests examples benchmarks scripts docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
