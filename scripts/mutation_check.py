@@ -277,19 +277,25 @@ def jobs_of(
     for mutant, text in mutants.items():
         module = module_of(mutant.file)
         named = f"test_{module.rpartition('.')[2]}"
-        files = sorted(tests[module], key=lambda f: (Path(f).stem != named, seconds[f]))
+        files = tests.get(module, set()) & set(seconds)
+        if not files:
+            sys.exit(f"mutation_check: no test file that passes imports {module}")
+        files = sorted(files, key=lambda file: (Path(file).stem != named, seconds[file]))
         limit = SLOWDOWN * sum(map(seconds.get, files)) + GRACE
         yield Job(tuple(files), limit, mutant, text)
 
 
 def unchanged(files: set[str], spaces: Sequence[Workspace]) -> dict[str, float]:
-    """Seconds that each test file takes without any change; each has to pass."""
+    """Seconds of each test file that passes without any change; others can tell nothing."""
     seconds = {}
     for outcome in outcomes((Job((file,)) for file in sorted(files)), spaces):
         (file,) = outcome.job.tests
-        if outcome.verdict != "survived":
-            sys.exit(f"mutation_check: {file} fails without any change: {outcome.by}")
-        seconds[file] = outcome.seconds
+        if outcome.verdict == "survived":
+            seconds[file] = outcome.seconds
+        else:
+            print(
+                f"left out, {outcome.verdict} without any change: {file} {outcome.by}", flush=True
+            )
     return seconds
 
 
@@ -368,7 +374,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="skhead-mutation-") as directory:
         spaces = [Workspace(Path(directory) / f"copy-{i}") for i in range(options.processes)]
         modules = {module_of(mutant.file) for mutant in mutants}
-        seconds = unchanged(set().union(*(tests[module] for module in modules)), spaces)
+        seconds = unchanged(set().union(*(tests.get(module, set()) for module in modules)), spaces)
         print(f"{len(seconds)} test files take {sum(seconds.values()):.0f} s without any change")
         for outcome in outcomes(jobs_of(mutants, tests, seconds), spaces, deadline):
             entries.append(record(outcome, texts))
