@@ -47,6 +47,16 @@ def test_the_core_defaults_to_the_stream_itself():
     assert eigenvalue_ratios(small_circuits(v, o)).tolist() == pytest.approx(dense, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    "summary", [eigenvalue_ratios, lambda small: torch.stack(phase_summaries(small), -1)]
+)
+def test_summaries_depend_neither_on_the_unit_nor_on_how_heads_are_stacked(summary):
+    small = draw(2, 3, 4, 4)
+    single = torch.stack([torch.stack([summary(head) for head in row]) for row in small])
+    for unit in (1.0, 1e-9, 1e9):
+        torch.testing.assert_close(summary(unit * small), single, rtol=1e-9, atol=1e-12)
+
+
 def test_planted_heads_copy_and_anti_copy_and_random_ones_scatter_around_zero():
     embedding = draw(N_VOCAB, D_MODEL)
     basis = torch.linalg.qr(draw(D_MODEL, 5, seed=4))[0]

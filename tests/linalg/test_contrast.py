@@ -74,6 +74,16 @@ def test_squares_do_not_depend_on_kinds():
         summed(queries, keys, kinds, whiten=False).squares()
 
 
+def test_moments_that_whiten_are_summed_in_float64():
+    queries, keys = draw(400, D, dtype=torch.float32), draw(400, D, seed=1, dtype=torch.float32)
+    kinds = torch.arange(400) % 2
+    found = summed(100 + queries, 100 + keys, kinds)
+    exact = summed((100 + queries).double(), (100 + keys).double(), kinds)
+    pairs = zip((*found.squares(), found.means()), (*exact.squares(), exact.means()), strict=True)
+    for values, expected in pairs:
+        torch.testing.assert_close(values, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_sums_over_parts_merge():
     queries, keys = draw(60, D), draw(60, D, seed=1)
     kinds = (draw(60, seed=2) > 0).long()

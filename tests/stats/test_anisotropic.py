@@ -376,13 +376,25 @@ def test_matrices_that_are_no_mean_projectors():
         shrink_projector(torch.eye(2), 1.5)
 
 
-def leave_out(bases, values=None, shrinkage=0.0, other=None):
-    mean = mean_projector(bases)
+def leave_out(bases, values=None, shrinkage=0.0, other=None, mean=None):
+    mean = mean_projector(bases) if mean is None else mean
     other = mean if other is None else other
     traces = projector_traces(bases, mean.matrix)
     values = kernels(bases, bases) if values is None else values
     heads = range(len(bases))
     return leave_one_out_means(mean, other, values, traces, traces, heads, heads, shrinkage)
+
+
+@pytest.mark.parametrize("unit", [1e-12, 1e12])
+def test_leaving_heads_out_does_not_depend_on_the_unit_of_weights(unit):
+    rng = np.random.default_rng(3)
+    bases, weights = random_bases([2, 3, 1, 2, 2], 8, rng), np.array([1.0, 2, 1, 3, 1])
+    once, found = (
+        leave_out(bases, mean=mean_projector(bases, weights * scale)) for scale in (1.0, unit)
+    )
+    np.testing.assert_allclose(found, once, rtol=1e-9)
+    with pytest.raises(ValueError, match="pool at least four heads"):
+        leave_out(bases[:3], mean=mean_projector(bases[:3], weights[:3] * unit))
 
 
 def test_groups_too_small_to_leave_heads_out():

@@ -37,6 +37,16 @@ def test_pearson3_around_its_mean(skewness, z, upper):
     assert pearson3_log_tail(np.array([z]), skewness, upper)[0] == pytest.approx(expected, rel=1e-8)
 
 
+@pytest.mark.parametrize("skewness", [1.5, 0.5, 0.1, 0.03])
+@pytest.mark.parametrize("share, upper", [(None, True), (0.995, False), (0.9, False)])
+def test_deep_gamma_tails_keep_the_digits_of_the_probability(skewness, share, upper):
+    """An error of 1e-9 in the logarithm is one of 1e-9 in the probability, however small it is."""
+    z = 300.0 if upper else -2 * share / skewness
+    expected = gamma_log_tail(z, skewness, upper)
+    found = pearson3_log_tail(np.array([z]), skewness, upper)[0]
+    assert found == pytest.approx(expected, rel=0, abs=1e-9)
+
+
 def test_deep_lower_gamma_tail():
     expected = gamma_log_tail(-39.0, 0.05, upper=False)
     assert pearson3_log_tail(np.array([-39.0]), 0.05, False)[0] == pytest.approx(expected, rel=1e-9)
@@ -72,6 +82,17 @@ def test_deep_beta_tail_against_many_digits():
         expected = float(mpmath.log(mpmath.betainc(300, 40, 0, 0.001, regularized=True)))
     assert beta_log_tail(np.array([0.001]), 300.0, 40.0, False)[0] == pytest.approx(expected)
     assert expected < -1900
+
+
+@pytest.mark.parametrize(
+    "a, b, x",
+    [(300, 40, 0.001), (150.5, 2.5, 0.01), (900, 900, 0.2), (120, 3000, 5e-4), (80, 9000, 1e-6)],
+)
+def test_deep_beta_tails_keep_the_digits_of_the_probability(a, b, x):
+    with mpmath.workdps(60):
+        expected = float(mpmath.log(mpmath.betainc(a, b, 0, x, regularized=True)))
+    found = beta_log_tail(np.array([x]), float(a), float(b), False)[0]
+    assert found == pytest.approx(expected, rel=0, abs=1e-9)
 
 
 def test_arithmetic_of_logarithms():

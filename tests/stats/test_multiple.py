@@ -48,6 +48,7 @@ def test_missing_tests_do_not_count():
     [
         ([-1.0], "holm", "method must be 'bh' or 'by', got 'holm'"),
         ([0.2], "bh", "at most 0, got 0.2"),
+        ([-3.0, 0.2, np.nan], "bh", "at most 0, got 0.2"),
     ],
 )
 def test_bad_arguments_are_refused(log_p, method, message):

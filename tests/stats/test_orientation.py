@@ -50,6 +50,15 @@ def test_roots_are_exact_for_lines(d):
     assert float(found.variance) == pytest.approx(1 / d - exact**2, rel=1e-5)
 
 
+@pytest.mark.parametrize("unit", [0.25, 7.0])
+@pytest.mark.parametrize("variance", [0.01, 1e-9])
+def test_roots_do_not_depend_on_the_unit(unit, variance):
+    once = root_moments(0.3, variance, 1.0)
+    found = root_moments(0.3 * unit, variance * unit**2, unit)
+    assert float(found.mean) == pytest.approx(float(once.mean) * unit**0.5, rel=1e-9)
+    assert float(found.variance) == pytest.approx(float(once.variance) * unit, rel=1e-6)
+
+
 def test_roots_of_narrow_laws_join_their_series():
     variances = np.array([2e-8, 0.9e-8]) * 0.25**2
     found = root_moments(0.25, variances, 1.0)

@@ -70,6 +70,21 @@ def test_entries_stay_in_their_layers(exchange):
             np.testing.assert_array_equal(before, after)
 
 
+def test_two_pairs_are_enough_to_exchange():
+    table = np.array([[1.0, 5.0, np.nan], [2.0, np.nan, np.nan]])
+    seen = []
+    permutation_test(
+        lambda values: float(seen.append(values[:, 0].tolist()) or 0),
+        table,
+        [0, 0],
+        [1, 2, 3],
+        "blocks",
+        20,
+        random_state=0,
+    )
+    assert {tuple(column) for column in seen} == {(1.0, 2.0), (2.0, 1.0)}
+
+
 def test_what_every_exchange_keeps():
     table = forward_table(2)
     sort = {axis: np.sort(table, axis) for axis in (0, 1)}
