@@ -55,6 +55,21 @@ def test_counts_and_hits_equal_sorting_at_any_block(n_vocab, block):
         torch.testing.assert_close(ranks.column_hits, hits.sum(2))
 
 
+def test_rows_of_several_blocks():
+    """One table asks for every row, and some of them twice."""
+    read, write, unembedding, _ = _problem(40, n_rows=1700)
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.cat([torch.randperm(1700, generator=generator), torch.arange(0, 1700, 9)])
+    targets = torch.randint(0, 40, rows.shape, generator=generator)
+    arranged = PairTables.of([(rows, targets)], [(3,)], len(read))
+    (ranks,) = rank_pairs(read, write, unembedding, arranged)
+    above, below, hits = _by_sorting(read, write, unembedding, rows, targets, (3,))
+    torch.testing.assert_close(ranks.above, above)
+    torch.testing.assert_close(ranks.below, below)
+    torch.testing.assert_close(ranks.row_hits, hits.sum(3))
+    torch.testing.assert_close(ranks.column_hits, hits.sum(2))
+
+
 def test_twins_of_the_target_are_ties():
     read, write, unembedding, tables = _problem(512)
     ranks = rank_pairs(read, write, unembedding, PairTables.of(tables, KS, len(read)))[1]
@@ -126,6 +141,12 @@ def test_count_above_of_whole_rows():
     assert (above.tolist(), below.tolist(), ties.tolist()) == ([1, 2], [1, 1], [1, 0])
     above, below, ties = count_above(logits, torch.tensor([1, 0]), torch.tensor([0.0, 0.6]))
     assert (above.tolist(), below.tolist(), ties.tolist()) == ([1, 1], [1, 1], [1, 1])
+    tall = torch.arange(3.0).expand(2000, 3)
+    assert [x.unique().tolist() for x in count_above(tall, torch.ones(2000).long())] == [
+        [1],
+        [1],
+        [0],
+    ]
     wide = torch.randn(3, 6000, generator=torch.Generator().manual_seed(0))
     above = count_above(wide, torch.tensor([7, 8, 9]))[0]
     order = wide.argsort(dim=1, descending=True)

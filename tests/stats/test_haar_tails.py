@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import integrate, stats
 from scipy.special import log_ndtr
 
 from skhead.stats import haar_log_pvalue, haar_logcdf, haar_logsf, haar_moments, haar_sample
@@ -54,6 +54,35 @@ def test_normal_law_is_too_small_and_pearson_3_too_large_in_the_upper_tail():
     normal, gamma = (ratios((8, 8, 64), 1_000_000, 1e-3, m)[0] for m in ("normal", "pearson3"))
     assert normal < 0.5
     assert 1.02 < gamma < 1.25
+
+
+@pytest.mark.parametrize("method, n", [("normal", 2), ("pearson3", 3), ("pearson1", 4)])
+@pytest.mark.parametrize("law", LAWS)
+def test_a_law_has_as_many_moments_of_the_kernel_as_it_says(method, n, law):
+    exact = [float(moment) for moment in haar_moments(*law)]
+    x = np.linspace(0, law[0], 40_001)
+    sf = np.exp(haar_logsf(x, *law, method=method))
+    away = x - exact[0]
+    # By parts: E (X - m)^k is k times the integral of (x - m)^(k - 1) P(X > x), from x = 0 on.
+    found = [
+        k * integrate.simpson(away ** (k - 1) * sf, x=x) + (-exact[0]) ** k for k in (1, 2, 3, 4)
+    ]
+    sd = exact[1] ** 0.5
+    found[3] -= 3 * found[1] ** 2
+    found = [moment / sd**k for k, moment in enumerate(found, start=1)]
+    expected = [0, 1, exact[2] / sd**3, exact[3] / sd**4]
+    assert found[:n] == pytest.approx(expected[:n], abs=1e-5)
+
+
+@pytest.mark.parametrize("law", [(2, 2, 4), (3, 4, 8), (2, 2, 40)])
+def test_normal_law_is_conditioned_on_the_range(law):
+    mean, variance, *_ = (float(moment) for moment in haar_moments(*law))
+    sd, x = variance**0.5, np.linspace(0, law[0], 9)[1:-1]
+    expected = stats.truncnorm(-mean / sd, (law[0] - mean) / sd, mean, sd)
+    np.testing.assert_allclose(haar_logsf(x, *law, method="normal"), expected.logsf(x), rtol=1e-9)
+    np.testing.assert_allclose(
+        haar_logcdf(x, *law, method="normal"), expected.logcdf(x), 1e-9, 1e-15
+    )
 
 
 @pytest.mark.parametrize("s, d", [(1, 2), (3, 7), (64, 768), (300, 301)])

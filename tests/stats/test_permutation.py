@@ -199,10 +199,17 @@ def test_p_value_approaches_the_share_of_all_permutations():
 
 
 @pytest.mark.parametrize(
-    "side, expected", [("upper", (1 + 2) / 5), ("lower", (1 + 3) / 5), ("two", 1.0)]
+    "observed, side, expected",
+    [
+        (5.0, "upper", (1 + 2) / 5),
+        (5.0, "lower", (1 + 3) / 5),
+        (5.0, "two", 1.0),
+        (8.0, "two", 2 * (1 + 1) / 5),
+        (0.0, "two", 2 * (1 + 0) / 5),
+    ],
 )
-def test_sides_and_counts_of_a_known_null(side, expected):
-    draws = iter([5.0, 1.0, 2.0, 5.0, 9.0])
+def test_sides_and_counts_of_a_known_null(observed, side, expected):
+    draws = iter([observed, 1.0, 2.0, 5.0, 9.0])
     result = permutation_test(
         lambda _: next(draws), np.eye(3), [0] * 3, [0] * 3, n_permutations=4, side=side
     )
