@@ -15,10 +15,13 @@ result and are not drawn:
 
 Other survivors need a reader. Most that change no result are
 
-- bytes that a step is expected to take, and the sizes of chunks that follow from them;
-- roads: which of two computations of the same value runs;
+- sizes of chunks, and the bytes that a step is expected to take;
+- roads: which of two computations of the same value runs, and limits a little off;
 - ``<`` for ``<=`` where both branches agree, or where equality has probability zero;
-- starts, steps and ends of iterations that converge all the same.
+- starts, steps and ends of iterations that converge all the same;
+- an axis counted from the other end, ``-1`` for ``1``;
+- values that cancel later or are multiplied by zero, and bounds that never bind;
+- one of two conditions of which each implies the other.
 
 Needs cosmic-ray, whose operators it applies.
 """

@@ -73,6 +73,13 @@ def test_whole_space_and_nothing_have_no_spread():
     assert found.third_central.tolist() == [0, 0, 0]
 
 
+def test_lines_of_a_plane_have_a_law_that_is_its_own_mirror_image():
+    """The arcsine law, whose third moment is 0 / 0 in the general formula."""
+    found = haar_moments(1, 1, 2)
+    assert [float(x) for x in found[:3]] == [0.5, 0.125, 0.0]
+    assert [float(x) for x in haar_moments(1, 2, 2)[:3]] == [1.0, 0.0, 0.0]
+
+
 @pytest.mark.parametrize("r, s, d", [(5, 2, 4), (-1, 2, 4), (1, 5, 4), (1, 1, 0)])
 def test_impossible_ranks_are_refused(r, s, d):
     with pytest.raises(ValueError, match="ranks must lie between 0 and the dimension"):
@@ -84,6 +91,14 @@ def test_divergence_of_the_reference_itself_vanishes():
     values = rng.normal(8, 1.0, 200_000)
     assert gaussian_divergence(values, 8.0, 1.0, 16.0, bins=12) < 1e-3
     assert gaussian_divergence(values, 7.0, 1.0, 16.0, bins=12) > 0.3
+
+
+def test_divergence_forgives_rounding_at_both_ends():
+    inside = gaussian_divergence([0.0, 8.0, 16.0], 8.0, 9.0, 16.0)
+    assert gaussian_divergence([-1e-4, 8.0, 16.0 + 1e-4], 8.0, 9.0, 16.0) == inside
+    for values in ([-0.01, 8.0], [8.0, 16.01]):
+        with pytest.raises(ValueError, match=r"must lie in \[0, 16.0\]"):
+            gaussian_divergence(values, 8.0, 9.0, 16.0)
 
 
 def test_divergence_of_disjoint_values_is_large_and_finite():
