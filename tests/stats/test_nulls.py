@@ -59,6 +59,15 @@ def test_signflip_moments_do_not_depend_on_memory_or_dtype():
         signflip_moments(rows, columns, max_memory=line - 1)
 
 
+def test_one_head_has_the_moments_that_it_has_among_others():
+    rows, columns = bases(3, 7, 2, 0), bases(4, 7, 3, 1)
+    among, alone = signflip_moments(rows, columns), signflip_moments(rows[:1], columns[:1])
+    np.testing.assert_allclose(alone.mean, among.mean[:1, :1])
+    np.testing.assert_allclose(alone.variance, among.variance[:1, :1])
+    with pytest.raises(HeadShapeError, match=r"none of them 0; got \(0, 7, 2\)"):
+        signflip_moments(rows[:0], columns)
+
+
 def test_signflip_in_the_pooled_eigenbasis_does_not_depend_on_coordinates():
     rows, columns = bases(6, 9, 2, 0), bases(6, 9, 3, 1)
 
@@ -202,6 +211,22 @@ def test_planted_values_hardly_move_the_null():
         assert null.scale == pytest.approx(1, rel=0.12)
     assert null.excess_kurtosis > 2
     assert abs(null.center) < 0.05
+
+
+def test_central_values_are_fitted_by_maximum_likelihood():
+    values = np.random.default_rng(12).standard_t(3, 3000)
+    null = fit_empirical_null(values, "central")
+    low, high = np.quantile(values, [0.1, 0.9])
+    inside = values[(values >= low) & (values <= high)]
+
+    def likelihood(center, scale):
+        ends = (low - center) / scale, (high - center) / scale
+        return stats.truncnorm.logpdf(inside, *ends, center, scale).mean()
+
+    best = likelihood(null.center, null.scale)
+    for step in (-0.01, 0.01):
+        assert likelihood(null.center + step, null.scale) < best
+        assert likelihood(null.center, null.scale * (1 + step)) < best
 
 
 def test_p_values_agree_with_their_law_and_do_not_underflow():

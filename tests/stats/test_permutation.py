@@ -99,6 +99,9 @@ def test_what_every_exchange_keeps():
         assert columns == {tuple(column) for column in np.nan_to_num(table.T).tolist()}
     for other in drawn_tables(table, "rows")[1:]:
         np.testing.assert_array_equal(np.sort(other, 0), sort[0])
+    for other in drawn_tables(table, "both")[1:]:
+        for axis in (0, 1):
+            assert not np.array_equal(np.sort(other, axis), sort[axis], equal_nan=True)
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
