@@ -21,7 +21,7 @@ Other survivors need a reader. Most that change no result are
 - starts, steps and ends of iterations that converge all the same;
 - an axis counted from the other end, ``-1`` for ``1``;
 - values that cancel later or are multiplied by zero, and bounds that never bind;
-- one of two conditions of which each implies the other.
+- one of two conditions of which each implies the other, and locks against a misuse.
 
 Needs cosmic-ray, whose operators it applies.
 """
@@ -267,7 +267,7 @@ def survivors(texts: dict[str, str], report: Path) -> dict[Mutant, str]:
     }
     return {
         mutant: mutated(mutant, texts[file])
-        for file in sorted({file for file, _, _ in wanted})
+        for file in sorted({file for file, _, _ in wanted} & set(texts))
         for mutant in mutants_of(file, texts[file])
         if (file, mutant.operator, mutant.occurrence) in wanted
     }
