@@ -383,6 +383,8 @@ def main() -> int:
             entries.append(record(outcome, texts))
             print("{verdict:9s} {file}:{line}: {change}  {by}  {seconds} s".format(**entries[-1]))
             sys.stdout.flush()
+    if not entries:
+        sys.exit("mutation_check: no mutant was run")
     share = show(entries, f"seed {options.seed}, {len(entries)} of {len(mutants)} mutants run")
     if options.json:
         report = {"seed": options.seed, "share": share, "mutants": entries}
