@@ -63,7 +63,7 @@ _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
 class HeadEstimator(TransformerMixin, SkheadEstimator):
     """Base of transformers whose samples are attention heads.
 
-    Subclasses say in the class variable `head_tags` what they take and what their results do not
+    Subclasses say in the class variable ``head_tags`` what they take and what their results do not
     depend on; `skhead.testing.check_head_estimator` holds them to it.
 
     Examples
