@@ -203,7 +203,8 @@ class HeadScoreDisplay:
         options = {"interpolation": "nearest", **_scale(shown), **(im_kw or {})}
         self.im_ = ax.imshow(shown, **options)
         self.ax_, self.figure_ = ax, ax.figure
-        self.colorbar_ = ax.figure.colorbar(self.im_, ax=ax)
+        # Beside the grid and as high, which the axes of few layers are not.
+        self.colorbar_ = ax.figure.colorbar(self.im_, cax=ax.inset_axes((1.03, 0, 0.04, 1)))
         for axis, names in ((ax.yaxis, self.grid_.index), (ax.xaxis, self.grid_.columns)):
             at = range(0, len(names), -(-len(names) // _MOST_TICKS))
             axis.set_ticks(list(at), [str(names[i]) for i in at])
