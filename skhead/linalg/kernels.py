@@ -32,7 +32,6 @@ from skhead.linalg.precision import MATMUL_PRECISIONS, matmul_precision, product
 from skhead.linalg.stacks import (
     Stack,
     StoredStack,
-    copy_panel,
     copy_transposed,
     new_empty,
     stack_norms,
@@ -44,12 +43,16 @@ __all__ = ["Block", "OverlapPlan", "Spans", "overlap_blocks", "plan_overlaps"]
 #: full speed.
 _WIDEST_PANEL = 128
 _NARROWEST_PANEL = 8
+#: Devices on which a product of a strided batch is slow (meta tensors stand for those of a CPU).
+_COPYING = ("cpu", "meta")
 #: Rows of a tile of the direct product beyond which a GEMM gains nothing.
 _WIDEST_TILE = 4096
 #: Row heads of a band of the packed product come in multiples of this, three vectors of AVX-512, at
 #: which its GEMM is as fast as any; beyond this number of bands little work is left to be saved.
 _BAND_STEP = 48
 _MOST_BANDS = 16
+#: Numbers of each factor that a CPU multiplies at a time, few enough to stay in its cache.
+_CHUNK_NUMBERS = 2**18
 #: Heads whose blocks are rounded to bfloat16 at a time.
 _ROUNDED_HEADS = 32
 
@@ -71,7 +74,8 @@ class OverlapPlan:
     column_width : int
         Heads per column tile (direct); 0 for packed.
     group : int
-        Panels of rows held at once (packed), so often is a stored stack read less; 0 for direct.
+        Panels of rows of stored stacks held at once (packed), so often are they read less; 0 for
+        direct.
     wide_sums : bool
         Whether the blocks' contributions are added up in float64 (packed), which takes the largest
         error of a projection kernel from 1e-5 to 2e-6; only where memory allows.
@@ -252,15 +256,16 @@ def _plan_packed(
     sides = [*rows] if columns is None else [*rows, *columns]
     d_model, itemsize = rows[0].shape[1], rows[0].element_size()
     n_heads = sum(len(stack) for stack in sides)
-    total_rank = sum(len(stack) * stack.shape[2] for stack in sides)
+    total_rank, stored_rank = _total_rank(sides), _total_rank(_stored(sides))
     areas = [_area(band) for parts in bands.values() for band in parts]
     flops = float(d_model) * (d_model + _WIDEST_PANEL) * (total_rank + sum(areas))
     width = min(_WIDEST_PANEL, d_model)
     while True:
         panels = -(-d_model // width)
         width = -(-d_model // panels)
-        panel = itemsize * total_rank * width
-        scratch = itemsize * n_heads * width**2 + 2 * panel
+        panel = itemsize * stored_rank * width
+        chunks = _chunk_numbers(rows, width) + _chunk_numbers(columns or (), width)
+        scratch = itemsize * (n_heads * width**2 + 2 * chunks) + 2 * panel
         if scratch <= max_memory or width <= _NARROWEST_PANEL:
             break
         width = max(width // 2, _NARROWEST_PANEL)
@@ -268,10 +273,30 @@ def _plan_packed(
     wide_sums = scratch + sums + product <= max_memory
     scratch += sums + product if wide_sums else product * (precision == "medium")
     group = 1
-    if any(isinstance(stack, StoredStack) for stack in sides):
+    if panel:
         group = min(panels, 1 + max(max_memory - scratch, 0) // panel)
         scratch += (group - 1) * panel
     return OverlapPlan("packed", width, 0, group, wide_sums, scratch, flops)
+
+
+def _stored(stacks: Sequence[Stack]) -> list[Stack]:
+    """The stacks that lie in files."""
+    return [stack for stack in stacks if isinstance(stack, StoredStack)]
+
+
+def _total_rank(stacks: Sequence[Stack]) -> int:
+    """Columns of all heads together."""
+    return sum(len(stack) * stack.shape[2] for stack in stacks)
+
+
+def _chunk_numbers(stacks: Sequence[Stack], width: int) -> int:
+    """Numbers of a contiguous copy of some heads' panels; GPUs multiply panels where they lie."""
+    in_memory = [stack for stack in stacks if isinstance(stack, torch.Tensor)]
+    if not in_memory or in_memory[0].device.type not in _COPYING:
+        return 0
+    widest = width * max(stack.shape[2] for stack in in_memory)
+    largest = width * max(len(stack) * stack.shape[2] for stack in in_memory)
+    return min(largest, max(_CHUNK_NUMBERS, widest))
 
 
 def _packed(
@@ -371,9 +396,9 @@ class _PackedSide:
         dtype = torch.bfloat16 if self._rounded else first.dtype
         size = self.starts[-1] * self.width**2
         self._packed = torch.empty(size, dtype=dtype, device=first.device)
-        total_rank = sum(len(stack) * stack.shape[2] for stack in stacks)
         slots = plan.group + (plan.group < self.n_panels)
-        self._copies = new_empty(first, slots, total_rank * self.width)
+        self._copies = new_empty(first, slots, _total_rank(_stored(stacks)) * self.width)
+        self._chunks = new_empty(first, 2, _chunk_numbers(stacks, self.width))
         self._rows: dict[int, list[torch.Tensor]] = {}
         self._columns: list[torch.Tensor] = []
 
@@ -405,25 +430,37 @@ class _PackedSide:
     ) -> None:
         """Products of two panels, less the heads' levels on the diagonal if there are any."""
         step = len(a)
+        if self._chunks.numel() and not a.is_contiguous():
+            step = max(self._chunks.shape[1] // max(a[0].numel(), b[0].numel()), 1)
         if self._rounded:
-            step = min(_ROUNDED_HEADS, max(self.starts[-1] // 2, 1))
+            step = min(step, _ROUNDED_HEADS, max(self.starts[-1] // 2, 1))
         for start in range(0, len(a), step):
             some = slice(start, start + step)
             exact = out[some] if not self._rounded else None
-            exact = torch.bmm(a[some], b[some].mT, out=exact)
+            left, right = self._chunk(0, a[some]), self._chunk(1, b[some])
+            exact = torch.bmm(left, right.mT, out=exact)
             if levels is not None:
                 exact.diagonal(dim1=1, dim2=2).sub_(levels[some, None])
             if self._rounded:
                 out[some] = exact
 
+    def _chunk(self, side: int, panel: torch.Tensor) -> torch.Tensor:
+        """Some heads' panels, next to each other where that is faster to multiply."""
+        if not self._chunks.numel() or panel.is_contiguous():
+            return panel
+        return self._chunks[side, : panel.numel()].view(panel.shape).copy_(panel)
+
     def _panels(self, p: int, slot: int) -> list[torch.Tensor]:
-        """Contiguous copies of some rows of every factor; a strided batch would slow the GEMM."""
+        """Some rows of every factor: views of those in memory, copies of those in files."""
         panels, start = [], 0
         rows = slice(p * self.width, min((p + 1) * self.width, self.d_model))
         for stack in self.stacks:
+            if isinstance(stack, torch.Tensor):
+                panels.append(stack[:, rows])
+                continue
             shape = len(stack), rows.stop - rows.start, stack.shape[2]
             panel = self._copies[slot, start : start + math.prod(shape)].view(shape)
-            copy_panel(stack, rows, panel)
+            stack.read(slice(None), rows, panel)
             panels.append(panel)
             start += panel.numel()
         return panels

@@ -14,7 +14,6 @@ from skhead.linalg.factored import frobenius_norms
 __all__ = [
     "Stack",
     "StoredStack",
-    "copy_panel",
     "copy_transposed",
     "dense",
     "new_empty",
@@ -93,21 +92,6 @@ def new_empty(stack: Stack, *shape: int) -> torch.Tensor:
     *shape : int
     """
     return torch.empty(shape, dtype=stack.dtype, device=stack.device)
-
-
-def copy_panel(stack: Stack, rows: slice, out: torch.Tensor) -> None:
-    """Copy some rows of every head.
-
-    Parameters
-    ----------
-    stack : Tensor or StoredStack of shape (n_heads, d_model, rank)
-    rows : slice
-    out : Tensor of shape (n_heads, n_rows, rank)
-    """
-    if isinstance(stack, torch.Tensor):
-        out.copy_(stack[:, rows])
-    else:
-        stack.read(slice(None), rows, out)
 
 
 def copy_transposed(stack: Stack, heads: slice, out: torch.Tensor) -> None:

@@ -132,9 +132,11 @@ class SafetensorsReader:
         shard = self._shard_of[name]
         file = self.info(name).file
         try:
-            if shard not in self._files:
-                self._files[shard] = safe_open(self._fetch(shard), framework="pt", device="cpu")
-            tensor: torch.Tensor = self._files[shard].get_tensor(name)
+            opened = self._files.get(shard)
+            if opened is None:
+                opened = safe_open(self._fetch(shard), framework="pt", device="cpu")
+                self._files[shard] = opened
+            tensor: torch.Tensor = opened.get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(
                 f"{file}: safetensors cannot read tensor {name!r} ({error}). Download or save the "

@@ -31,6 +31,9 @@ __all__ = [
     "role_jobs",
 ]
 
+#: Bytes read through memory maps, which count as the process's memory, until they are closed.
+_MAPPED_BYTES = 2**26
+
 
 @dataclass(frozen=True)
 class RoleStack:
@@ -137,6 +140,7 @@ def read_role(
     eps = np.empty(len(keys), dtype=np.float64)
     filled: set[MatrixKey] = set()
     route = Route.to(tensor.device)
+    mapped = 0
     for job in jobs:
         fresh = [key for key in dict.fromkeys(job.keys) if key not in filled]
         if not fresh:
@@ -145,6 +149,10 @@ def read_role(
         places = slice(first, first + len(fresh))
         eps[places] = read_layer(job, how, [key.number for key in fresh], tensor[places], route)
         filled.update(fresh)
+        mapped += tensor[places].nbytes
+        if mapped > _MAPPED_BYTES:
+            job.checkpoint.reader.release()
+            mapped = 0
     route.settle()
     return RoleStack(tensor, index, eps)
 

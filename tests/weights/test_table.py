@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ import torch
 import skhead
 from skhead.exceptions import HeadShapeError, HeadTableError, SourceNotFoundError
 from skhead.weights import HEAD_COLUMNS, check_heads, describe_sources, head_labels, read_role
+from skhead.weights import stacks as stacks_module
 
 
 @pytest.fixture
@@ -311,3 +313,20 @@ def test_live_name_that_is_no_file_name(lens_tensors):
         assert describe_sources(skhead.load_heads(name))[0].name == "."
     finally:
         skhead.unregister_model(name)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="memory maps are not told here")
+@pytest.mark.parametrize(("most", "open_maps"), [(0, [0, 0, 0]), (2**30, [0, 1, 1])])
+def test_memory_maps_are_closed_once_much_was_read(path, heads, monkeypatch, most, open_maps):
+    seen = []
+
+    def reading(*arguments):
+        seen.append(len(set(Path("/proc/self/maps").read_text().split()) & {str(file)}))
+        return read_layer(*arguments)
+
+    read_layer = stacks_module.read_layer
+    file = next(Path(path).glob("*.safetensors")).resolve()
+    monkeypatch.setattr(stacks_module, "_MAPPED_BYTES", most)
+    monkeypatch.setattr(stacks_module, "read_layer", reading)
+    read_role(heads, "Q")
+    assert seen == open_maps
