@@ -50,6 +50,9 @@ FloatArray = NDArray[np.float64]
 _KEYS = ["source", "layer", "head"]
 #: Variance of a kernel below which rounding is all that varies.
 _LEAST_VARIANCE = 1e-8
+#: Largest median that polishing leaves in a symmetric table, so little that a pair and its mirror
+#: image have one p-value.
+_MIRRORED_TOLERANCE = 1e-13
 #: Bytes that the projectors of a sign-flip null may take at a time.
 _SCRATCH = 2**30
 
@@ -324,8 +327,14 @@ class EmpiricalLaw(NullLaw):
     def fit(self, similarity: Similarity) -> None:
         self.polish: dict[str, MedianPolish] = {}
         self.bulk: dict[str, EmpiricalNull] = {}
+        same_heads = similarity.rows.equals(similarity.columns)
         for p, pair in enumerate(similarity.pairs):
-            self.polish[pair] = median_polish(self._log(similarity, p, plain_scores(similarity, p)))
+            logs = self._log(similarity, p, plain_scores(similarity, p))
+            if same_heads and np.array_equal(logs, logs.T, equal_nan=True):
+                found = median_polish(logs, tol=_MIRRORED_TOLERANCE, symmetric=True)
+            else:
+                found = median_polish(logs)
+            self.polish[pair] = found
             residuals = np.where(
                 np.isnan(similarity.listed(pair)), np.nan, self.polish[pair].residuals
             )

@@ -191,8 +191,16 @@ def overlap_blocks(
             done = _direct(rows, columns or rows, bands, plan, report)
     for i, j in done:
         if columns is None and i == j:
-            done[i, j] = torch.where(done[i, j].isnan(), done[i, j].T, done[i, j])
+            done[i, j] = _mirrored(done[i, j])
     return {b: done[b] if b in done else done[b[1], b[0]].T for b in blocks}
+
+
+def _mirrored(values: torch.Tensor) -> torch.Tensor:
+    """A square table with the upper triangle below the diagonal too, to the last digit."""
+    n_heads, device = len(values), values.device
+    below = torch.ones(n_heads, n_heads, dtype=torch.bool, device=device).tril(-1)
+    mirror = values.T
+    return torch.where(values.isnan() | (below & ~mirror.isnan()), mirror, values)
 
 
 def _silent(fraction: float) -> None:

@@ -88,11 +88,13 @@ class MedianPolish:
                 f"MedianPolish.residuals_of: fitted on {len(self.column_effects)} columns, got "
                 f"{table.shape[1]}"
             )
-        left = table - self.overall - self.column_effects
+        left = table - self.column_effects
         return left - _medians(left, 1)[:, None]
 
 
-def median_polish(values: ArrayLike, max_iter: int = 1000, tol: float = 1e-6) -> MedianPolish:
+def median_polish(
+    values: ArrayLike, max_iter: int = 1000, tol: float = 1e-6, symmetric: bool = False
+) -> MedianPolish:
     """Take row and column medians out of a table until none are left.
 
     On the logarithm of a similarity the effects are factors by which a head is similar to
@@ -106,6 +108,10 @@ def median_polish(values: ArrayLike, max_iter: int = 1000, tol: float = 1e-6) ->
         Most sweeps over rows and columns.
     tol : float, default=1e-6
         The sweeps end when no median exceeds it.
+    symmetric : bool, default=False
+        Whether row and column are the same head and the table is its own mirror image. Rows and
+        columns then have the same effects, so that residuals are mirrored as well; where rows come
+        first, they are nearly so only.
 
     Returns
     -------
@@ -116,7 +122,8 @@ def median_polish(values: ArrayLike, max_iter: int = 1000, tol: float = 1e-6) ->
     HeadShapeError
         If the table is not 2-D.
     ValueError
-        If no entry is defined or one is infinite, such as the logarithm of 0.
+        If no entry is defined or one is infinite, such as the logarithm of 0; or if the table is to
+        be symmetric and is not.
 
     References
     ----------
@@ -134,11 +141,22 @@ def median_polish(values: ArrayLike, max_iter: int = 1000, tol: float = 1e-6) ->
            [0., 0., 0.]])
     """
     table = _table(values, "median_polish")
+    if symmetric and not np.array_equal(table, table.T, equal_nan=True):
+        raise ValueError(
+            "median_polish: symmetric=True needs a table that is its own mirror image; polish rows "
+            "and columns by themselves with symmetric=False"
+        )
     left = table.copy()
     effects = np.zeros(table.shape[0]), np.zeros(table.shape[1])
     sweep, moved = 0, np.inf
     while sweep < max_iter and moved > tol:
         sweep, moved = sweep + 1, 0.0
+        if symmetric:
+            step = _medians(left, 1)
+            moved = float(np.nanmax(np.abs(step)))
+            left -= np.add.outer(step, step) / 2
+            effects = effects[0] + step / 2, effects[1] + step / 2
+            continue
         for axis, effect in enumerate(effects):
             step = _medians(left, 1 - axis)
             left -= np.expand_dims(step, 1 - axis)

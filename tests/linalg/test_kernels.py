@@ -50,6 +50,17 @@ def test_comparison_with_itself_fills_mirrored_blocks(method):
     found = overlap_blocks(stacks, None, blocks, method=method)
     for i, j in blocks:
         assert_close(found[i, j], reference(stacks[i], stacks[j]))
+    for i in (0, 1):
+        torch.testing.assert_close(found[i, i], found[i, i].T, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["packed", "direct"])
+@pytest.mark.parametrize("n_heads", [5, 24, 50, 97])
+def test_a_role_against_itself_is_symmetric_to_the_last_digit(method, n_heads):
+    stack = random_stack(n_heads, 60, 8, 0)
+    found = overlap_blocks([stack], None, [(0, 0)], method=method)[0, 0]
+    assert torch.equal(found, found.T)
+    assert_close(found, reference(stack, stack))
 
 
 @pytest.mark.parametrize("method", ["packed", "direct"])

@@ -141,6 +141,29 @@ def test_median_polish_follows_the_order_of_heads():
     np.testing.assert_allclose(shuffled.residuals, plain.residuals[rows][:, columns], atol=1e-9)
 
 
+def test_symmetric_polish_has_one_effect_per_head():
+    rng = np.random.default_rng(7)
+    level, noise = rng.normal(size=41), 0.3 * rng.standard_normal((41, 41))
+    table = np.add.outer(level, level) + (noise + noise.T)
+    table[np.diag_indices(41)] = np.nan
+    found = median_polish(table, symmetric=True, tol=1e-12)
+    assert found.converged
+    np.testing.assert_array_equal(found.row_effects, found.column_effects)
+    np.testing.assert_array_equal(found.residuals, found.residuals.T)
+    assert np.abs(np.nanmedian(found.residuals, axis=1)).max() < 1e-11
+    effects = found.overall + found.row_effects[:, None] + found.column_effects
+    np.testing.assert_allclose(effects + found.residuals, table, atol=1e-12)
+    np.testing.assert_allclose(found.residuals_of(table), found.residuals, atol=1e-11)
+    rows_first = median_polish(table)
+    assert np.nanmax(np.abs(rows_first.residuals - rows_first.residuals.T)) > 1e-3
+    assert np.nanmax(np.abs(rows_first.residuals - found.residuals)) < 0.1
+
+
+def test_symmetric_polish_refuses_other_tables():
+    with pytest.raises(ValueError, match="its own mirror image"):
+        median_polish(additive_table(8, 5, 5), symmetric=True)
+
+
 def test_new_rows_are_judged_one_by_one():
     fitted = median_polish(additive_table(4, noise=0.2))
     rng = np.random.default_rng(5)
