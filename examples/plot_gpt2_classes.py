@@ -115,7 +115,7 @@ ax.set_ylim(len(kinds) - 0.5, -0.5)
 ax.set(xscale="log", xlabel="rank of the head for the class, of 144")
 ax.set_xticks([1, 2, 5, 10, 20, 50, 144], [1, 2, 5, 10, 20, 50, 144])
 ax.minorticks_off()
-ax.set_title(origin, fontsize="medium")
+_ = ax.set_title(origin, fontsize="medium")
 # sphinx_gallery_thumbnail_number = 2
 
 # %%
