@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import struct
 import zipfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -26,6 +27,20 @@ _TORCH_DTYPES = {
 _META = "META"
 _NOT_DENSE = "layout "
 _NAMES = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
+#: What bytes that are no torch file, or a damaged one, can make torch's own reader raise.
+_MALFORMED = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 
 
 class TensorReader(Protocol):
@@ -187,7 +202,7 @@ class MappingReader:
 
     def fingerprint(self, name: str) -> str:
         """Return a checksum of a tensor's numbers, which have no file that shows a change."""
-        content = self.tensor(name).cpu().contiguous().view(torch.uint8).numpy()
+        content = self.tensor(name).cpu().reshape(-1).view(torch.uint8).numpy()
         return hashlib.blake2b(content.data, digest_size=16).hexdigest()
 
     def release(self) -> None:
@@ -206,7 +221,8 @@ def open_torch_file(path: Path) -> MappingReader:
     UnsafeCheckpointError
         If ``torch.load(weights_only=True)`` refuses the file.
     CheckpointError
-        If the file is damaged, or is not a flat mapping of names to tensors.
+        If the file is damaged, is not a flat mapping of names to tensors, or holds a tensor that
+        repeats few numbers.
     """
     try:
         content = torch.load(
@@ -217,8 +233,10 @@ def open_torch_file(path: Path) -> MappingReader:
             f"{path} holds more than tensors, and torch.load(weights_only=True) refuses it. Save "
             "the state dict alone, best as safetensors."
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read as a torch file: {error}") from error
+    except _MALFORMED as error:
+        raise CheckpointError(
+            f"{path} cannot be read as a torch file ({type(error).__name__}: {error})."
+        ) from error
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(f"{path} holds no mapping of names to tensors.")
     for name, value in content.items():
@@ -227,4 +245,16 @@ def open_torch_file(path: Path) -> MappingReader:
                 f"{path} is not a flat state dict: its entry {name!r} is a "
                 f"{type(value).__name__}. Save the state dict alone."
             )
+        if _repeats_numbers(value):
+            raise CheckpointError(
+                f"{path}: tensor {name!r} has the shape {tuple(value.shape)} and fewer numbers: it "
+                "was expanded. Save it with its method contiguous()."
+            )
     return MappingReader(str(path), content)
+
+
+def _repeats_numbers(tensor: torch.Tensor) -> bool:
+    """Whether a tensor claims more numbers than its storage has, as an expanded one does."""
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        return False
+    return tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()

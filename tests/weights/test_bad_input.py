@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -370,6 +371,26 @@ def test_torch_file_that_would_execute_code(tmp_path, llama_config):
         skhead.load_heads(path)
     path.write_bytes(pickle.dumps(_Bomb()))
     with pytest.raises(UnsafeCheckpointError, match=r"pytorch_model\.bin holds more than tensors"):
+        skhead.load_heads(path)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [b".", b"h\x05.", b"K\x01\x86.", b"X\x02\0\0\0\xff\xff.", b"K\x01Q.", b""],
+    ids=["no result", "no memo", "no pair", "no text", "no tuple", "nothing"],
+)
+def test_torch_file_with_a_damaged_pickle(code, tmp_path):
+    """Whatever torch's reader trips over, the file is named."""
+    good, path = tmp_path / "good.bin", tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.zeros(2)}, good)
+    with zipfile.ZipFile(good) as source, zipfile.ZipFile(path, "w") as target:
+        for name in source.namelist():
+            content = b"\x80\x02" + code if name.endswith("data.pkl") else source.read(name)
+            target.writestr(name, content)
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin cannot be read as a torch file"):
+        skhead.load_heads(path)
+    path.write_bytes(b"\x80\x02" + code)
+    with pytest.raises((CheckpointError, UnsafeCheckpointError), match=r"pytorch_model\.bin"):
         skhead.load_heads(path)
 
 

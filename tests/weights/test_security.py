@@ -147,6 +147,17 @@ def test_a_zip_bomb_takes_no_more_memory_than_a_tensor_says(tmp_path):
     assert peak_of(path) < 2**22
 
 
+def test_an_expanded_tensor_takes_no_memory(tmp_path):
+    """A file of some kilobytes could else ask for any number of weights."""
+    width, path = 2**14, tmp_path / "pytorch_model.bin"
+    names = (f"model.layers.0.self_attn.{role}_proj.weight" for role in "qkvo")
+    torch.save({name: torch.zeros(1).expand(width, width) for name in names}, path)
+    sizes = {"hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 1}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | sizes))
+    with pytest.raises(CheckpointError, match=r"q_proj.weight'.*fewer numbers.*contiguous"):
+        skhead.load_heads(path)
+
+
 # What SECURITY.md says
 
 
