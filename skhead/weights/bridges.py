@@ -24,7 +24,16 @@ from skhead.weights.token_layouts import Tokens
 
 __all__ = ["BridgeTensors", "is_bridge", "norm_of", "tokens_of"]
 
-_NORMS = {"ln1": "ln1.w", "ln1_post": "ln1_post.w"}
+_Places = Mapping[str, tuple[str, str]]
+
+_OPTIONAL = {
+    "ln1.w": ("ln1", "weight"),
+    "ln1.b": ("ln1", "bias"),
+    "ln1_post.w": ("ln1_post", "weight"),
+    "attn.b_Q": ("attn", "b_Q"),
+    "attn.b_K": ("attn", "b_K"),
+    "attn.b_V": ("attn", "b_V"),
+}
 _ENDS = {
     "embed.W_E": ("embed", "W_E"),
     "unembed.W_U": ("unembed", "W_U"),
@@ -52,7 +61,7 @@ def is_bridge(module: torch.nn.Module) -> bool:
 
 
 class BridgeTensors(Mapping[str, torch.Tensor]):
-    """The attention, norm gains and token tables of a bridge, made when they are asked for.
+    """The attention, norms and token tables of a bridge, made when they are asked for.
 
     Parameters
     ----------
@@ -75,11 +84,7 @@ class BridgeTensors(Mapping[str, torch.Tensor]):
         self._makers: dict[str, Callable[[], torch.Tensor]] = {}
         for index, block in enumerate(bridge.blocks):
             self._add_block(f"blocks.{index}.", block, label)
-
-        for name, (component, attribute) in _ENDS.items():
-            owner = getattr(bridge, component, None)
-            if isinstance(getattr(owner, attribute, None), torch.Tensor):
-                self._makers[name] = _attribute(owner, attribute)
+        self._add_optional("", bridge, _ENDS)
 
     def _add_block(self, prefix: str, block: Any, label: str) -> None:
         self._makers[f"{prefix}present"] = lambda: torch.empty(0)
@@ -100,10 +105,14 @@ class BridgeTensors(Mapping[str, torch.Tensor]):
                     f"{label}: {prefix}attn.W_{role} has shape {shape}, not one matrix per head."
                 )
             self._makers[f"{prefix}attn.W_{role}"] = maker
-        for component, name in _NORMS.items():
-            norm = getattr(block, component, None)
-            if isinstance(getattr(norm, "weight", None), torch.Tensor):
-                self._makers[prefix + name] = _attribute(norm, "weight")
+        self._add_optional(prefix, block, _OPTIONAL)
+
+    def _add_optional(self, prefix: str, parent: Any, places: _Places) -> None:
+        """Tensors that not every model has, by their component and its attribute."""
+        for name, (component, attribute) in places.items():
+            owner = getattr(parent, component, None)
+            if isinstance(getattr(owner, attribute, None), torch.Tensor):
+                self._makers[prefix + name] = _attribute(owner, attribute)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._makers[name]()

@@ -8,7 +8,7 @@ import torch
 
 from skhead.exceptions import ConfigMismatchError, DegenerateHeadError
 from skhead.weights.layouts import LayerPlan, ModelPlan, Slot, cut_heads
-from skhead.weights.readers import TensorReader
+from skhead.weights.readers import TensorReader, torch_dtype
 from skhead.weights.sources import reopen, split_address
 
 __all__ = ["read_offsets"]
@@ -41,6 +41,8 @@ def read_offsets(
         If a bias has another shape than its matrix.
     DegenerateHeadError
         If a bias holds NaN or infinite values.
+    UnsupportedLayoutError
+        If a bias is stored quantised.
     """
     address, part = split_address(str(heads["source"].iloc[0]))
     checkpoint = reopen(address)
@@ -100,6 +102,7 @@ def _finite(reader: TensorReader, name: str, shape: tuple[int, ...]) -> torch.Te
         raise ConfigMismatchError(
             f"{info.file}: tensor {name!r} has shape {info.shape}; a bias here has {shape}."
         )
+    torch_dtype(info, repr(name))
     bias = reader.tensor(name).float()
     if not bool(torch.isfinite(bias).all()):
         raise DegenerateHeadError(f"{info.file}: tensor {name!r} holds NaN or infinite values.")

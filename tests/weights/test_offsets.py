@@ -10,8 +10,9 @@ import torch
 from toys import random_weights, registered
 
 import skhead
-from skhead.exceptions import ConfigMismatchError, DegenerateHeadError
+from skhead.exceptions import ConfigMismatchError, DegenerateHeadError, UnsupportedLayoutError
 from skhead.weights.offsets import read_offsets
+from skhead.weights.running import open_bridge
 
 SIZES = {
     "hidden_size": 24,
@@ -92,6 +93,21 @@ def test_equals_what_the_module_makes_of_the_norms_bias(make):
                 torch.testing.assert_close(some, expected[[6, 1]], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("make", [gpt2, gpt_neox, qwen2])
+def test_a_bridge_has_the_biases_of_its_model(make):
+    pytest.importorskip("transformer_lens")
+    torch.manual_seed(0)
+    model, _ = make()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    with live(model) as heads, live(open_bridge(model)) as bridged:
+        for role in "QKV":
+            expected = read_offsets(heads, role)
+            assert expected.any()
+            torch.testing.assert_close(read_offsets(bridged, role), expected, rtol=1e-5, atol=1e-5)
+
+
 def lens(n_kv_heads=2):
     tensors = random_weights(n_layers=1, n_kv_heads=n_kv_heads)
     kv = "_b_K" if n_kv_heads != 4 else "b_K"
@@ -137,3 +153,13 @@ def test_damaged_biases_are_named():
         pytest.raises(DegenerateHeadError, match=r"blocks\.0\.ln1\.b' holds NaN"),
     ):
         read_offsets(heads, "K")
+
+
+def test_quantised_biases_are_refused():
+    tensors = lens()
+    tensors["blocks.0.attn.b_Q"] = torch.zeros(4, 5, dtype=torch.int8)
+    with (
+        registered(tensors) as heads,
+        pytest.raises(UnsupportedLayoutError, match=r"b_Q' is stored as torch\.int8"),
+    ):
+        read_offsets(heads, "Q")
