@@ -135,7 +135,7 @@ def _parse(raw: bytes, path: Path) -> dict[str, Any]:
             twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
             raise CheckpointError(f"{path}: the header holds the key {twice!r} twice.")
         for text in (text for pair in pairs for text in pair if isinstance(text, str)):
-            if any("\ud800" <= character <= "\udfff" for character in text):
+            if not _is_unicode(text):
                 raise CheckpointError(
                     f"{path}: the header holds {reprlib.repr(text)}, which is no Unicode text."
                 )
@@ -153,6 +153,15 @@ def _parse(raw: bytes, path: Path) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the header is a {type(header).__name__}, not an object.")
     return header
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text has no lone surrogate, which JSON can escape and no encoding can write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_metadata(metadata: Any, path: Path) -> dict[str, str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -216,7 +217,11 @@ class ModelPlan:
 
     def layer(self, index: int) -> LayerPlan | None:
         """Return the plan of layer `index`, None where that layer has no attention."""
-        return next((plan for plan in self.layers if plan.layer == index), None)
+        return self._by_number.get(index)
+
+    @cached_property
+    def _by_number(self) -> dict[int, LayerPlan]:
+        return {plan.layer: plan for plan in self.layers}
 
 
 def adapt_part(family: Family, config: Config, part: Part) -> tuple[Config, Part]:

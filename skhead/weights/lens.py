@@ -77,7 +77,8 @@ def plan_lens_model(reader: TensorReader, norm: NormFacts | None = None) -> Mode
             f"{reader.label}: block {gap} is missing: there is no tensor 'blocks.{gap}...', and "
             f"blocks go up to {n_layers - 1}."
         )
-    layers = tuple(_plan_layer(layer, tensors[layer], reader) for layer in sorted(tensors))
+    gains = _gain_templates(names)
+    layers = tuple(_plan_layer(layer, tensors[layer], gains, reader) for layer in sorted(tensors))
     d_model, d_head = _common_sizes(layers, reader)
     norm = _norm(reader) if norm is None else norm
     plan = ModelPlan(LENS_FAMILY, None, d_model, d_head, n_layers, layers, norm)
@@ -85,7 +86,9 @@ def plan_lens_model(reader: TensorReader, norm: NormFacts | None = None) -> Mode
     return plan
 
 
-def _plan_layer(layer: int, tensors: dict[str, str], reader: TensorReader) -> LayerPlan:
+def _plan_layer(
+    layer: int, tensors: dict[str, str], gains: dict[str, str | None], reader: TensorReader
+) -> LayerPlan:
     for role in ROLES:
         if role not in tensors:
             raise CheckpointError(
@@ -121,12 +124,14 @@ def _plan_layer(layer: int, tensors: dict[str, str], reader: TensorReader) -> La
         role: Slot(tensors[role], shapes[role], Projection(tensors[role], role, "per_head"))
         for role in ROLES
     }
-    return LayerPlan(layer, n_heads, n_kv_heads, slots, _gains(layer, reader.names()))
+    own = {role: template and template.format(i=layer) for role, template in gains.items()}
+    return LayerPlan(layer, n_heads, n_kv_heads, slots, own)
 
 
-def _gains(layer: int, names: Collection[str]) -> dict[str, str | None]:
-    before = f"blocks.{layer}.ln1.w" if _matching(_GAINS_BEFORE, names) else None
-    after = f"blocks.{layer}.ln1_post.w" if _matching(_GAINS_AFTER, names) else None
+def _gain_templates(names: Collection[str]) -> dict[str, str | None]:
+    """Names of the gains beside the roles, ``{i}`` for the layer; None where no layer has any."""
+    before = "blocks.{i}.ln1.w" if _matching(_GAINS_BEFORE, names) else None
+    after = "blocks.{i}.ln1_post.w" if _matching(_GAINS_AFTER, names) else None
     return {"Q": before, "K": before, "V": before, "O": after}
 
 

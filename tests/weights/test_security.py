@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import skhead
 from skhead.exceptions import CheckpointError, SkheadError, UnsafeCheckpointError
-from skhead.weights import files
+from skhead.weights import files, lens
 
 ROOT = Path(__file__).resolve().parents[2]
 INDEX = "model.safetensors.index.json"
@@ -156,6 +156,29 @@ def test_an_expanded_tensor_takes_no_memory(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | sizes))
     with pytest.raises(CheckpointError, match=r"q_proj.weight'.*fewer numbers.*contiguous"):
         skhead.load_heads(path)
+
+
+# No time either
+
+
+def test_many_layers_take_no_time_out_of_proportion(monkeypatch, tmp_path):
+    """Names are searched as often for many layers as for few."""
+    shapes = {"W_Q": (1, 2, 1), "W_K": (1, 2, 1), "W_V": (1, 2, 1), "W_O": (1, 1, 2)}
+    searched = []
+    search = lens._matching
+    monkeypatch.setattr(lens, "_matching", lambda *given: searched.append(given) or search(*given))
+    counts = []
+    for n_layers in (2, 40):
+        tensors = {
+            f"blocks.{layer}.attn.{name}": torch.ones(shape)
+            for layer in range(n_layers)
+            for name, shape in shapes.items()
+        }
+        save_file(tensors, tmp_path / "model.safetensors")
+        searched.clear()
+        assert len(skhead.load_heads(tmp_path)) == n_layers
+        counts.append(len(searched))
+    assert counts[0] == counts[1] > 0
 
 
 # What SECURITY.md says
