@@ -301,11 +301,21 @@ class _BlockReader:
             )
         return found
 
+    def vector(self, name: str, what: str, length: int) -> torch.Tensor:
+        """A gain or bias of known length, as one of another would be repeated or not fit."""
+        found = self.tensor(name, what, 1)
+        if len(found) != length:
+            raise ConfigMismatchError(
+                f"{self.reader.info(name).file}: tensor {name!r} has shape {tuple(found.shape)}; "
+                f"{what} of this model has ({length},)."
+            )
+        return found
+
     def norm(self, norm: Norm, bias: str, eps: float) -> _Normalise:
         """A norm, with a bias if it is a LayerNorm."""
-        gain = self.tensor(norm.gain, "the norm's gain", 1)
+        gain = self.vector(norm.gain, "the norm's gain", self.d_model)
         layernorm = norm.kind == "layernorm"
-        shift = self.tensor(bias, "the norm's bias", 1) if layernorm else None
+        shift = self.vector(bias, "the norm's bias", self.d_model) if layernorm else None
         return _Normalise(norm.kind, gain, shift, eps)
 
 
@@ -330,9 +340,10 @@ def _family_block(reader: _BlockReader, checkpoint: Checkpoint, part: str | None
         weights[role] = reader.matrix(prefix + name, what, mlp.storage, role == "down")
         bias = _bias(prefix + name)
         if mlp.biased or bias in stored.names():
-            biases[role] = reader.tensor(bias, f"the bias of {what}", 1)
+            biases[role] = reader.vector(bias, f"the bias of {what}", len(weights[role]))
     if mlp.fused:
         weights["gate"], weights["up"] = weights["up"].chunk(2)
+    _check_hidden(weights, label)
     entry = chosen.tokens.embedding_norm
     norms = {
         role: None
@@ -378,11 +389,13 @@ def _lens_block(reader: _BlockReader, checkpoint: Checkpoint) -> FirstBlock:
         before = _Normalise(native_norm_kind(config), None, None, eps)
     weights, biases = {}, {}
     for role, key in (("up", "in"), ("down", "out"), ("gate", "gate")):
-        name = f"{_LENS_MLP}W_{key}"
-        if role != "gate" or name in names:
-            weights[role] = reader.matrix(name, f"the MLP's {role} matrix", "conv1d", key == "out")
-        if f"{_LENS_MLP}b_{key}" in names:
-            biases[role] = reader.tensor(f"{_LENS_MLP}b_{key}", f"the MLP's {role} bias", 1)
+        name, bias = f"{_LENS_MLP}W_{key}", f"{_LENS_MLP}b_{key}"
+        if role == "gate" and name not in names:
+            continue
+        weights[role] = reader.matrix(name, f"the MLP's {role} matrix", "conv1d", key == "out")
+        if bias in names:
+            biases[role] = reader.vector(bias, f"the MLP's {role} bias", len(weights[role]))
+    _check_hidden(weights, label)
     return FirstBlock(
         before,
         None,
@@ -392,6 +405,17 @@ def _lens_block(reader: _BlockReader, checkpoint: Checkpoint) -> FirstBlock:
         biases,
         _activation(config["act_fn"], label),
     )
+
+
+def _check_hidden(weights: Mapping[str, torch.Tensor], label: str) -> None:
+    """Refuse matrices that do not agree about the width of the hidden layer."""
+    widths = {role: matrix.shape[role == "down"] for role, matrix in weights.items()}
+    if len(set(widths.values())) > 1:
+        words = ", ".join(f"{role} {width}" for role, width in widths.items())
+        raise ConfigMismatchError(
+            f"{label}: matrices of the first block's MLP have hidden layers of different widths "
+            f"({words})."
+        )
 
 
 def _bias(weight: str) -> str:

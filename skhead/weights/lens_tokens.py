@@ -42,7 +42,7 @@ _NATIVE_POSITIONS = {
 
 def native_norm_kind(config: Mapping[str, Any]) -> NormKind:
     """Return the kind of norm that a configuration of TransformerLens' own models names."""
-    name = (config.get("normalization_type") or "").upper()
+    name = str(config.get("normalization_type") or "").upper()
     if name.startswith("RMS"):
         return "rmsnorm+1" if config.get("rmsnorm_uses_offset") else "rmsnorm"
     return "layernorm" if name.startswith("LN") else "none"

@@ -59,6 +59,7 @@ _REFUSED = (
 )
 #: Attention masks and tables of angles, which a state dict may hold and the model makes itself.
 _BUFFERS = ("attn.mask", "attn.IGNORE", "attn.rotary_sin", "attn.rotary_cos")
+_MATRIX_AXES = 2
 _WITHOUT_GAINS = ("LNPRE", "RMSPRE")
 
 Convert = Callable[[torch.Tensor], torch.Tensor]
@@ -69,7 +70,8 @@ def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _transposed(matrix: torch.Tensor) -> torch.Tensor:
-    return matrix.mT
+    """What is no matrix stays as it is, and is refused by its shape."""
+    return matrix.mT if matrix.ndim == _MATRIX_AXES else matrix
 
 
 def _read_by_heads(stack: torch.Tensor) -> torch.Tensor:
@@ -200,8 +202,8 @@ def _told_by_tensors(checkpoint: Checkpoint) -> dict[str, Any]:
         "n_key_value_heads": n_kv_heads,
         "d_model": plan.d_model,
         "d_head": plan.d_head,
-        "d_vocab": _rows(reader, "embed.W_E", 0, "an embedding of the tokens"),
-        "d_vocab_out": _rows(reader, "unembed.W_U", -1, "an unembedding"),
+        "d_vocab": _free_size(reader, "embed.W_E", 0, plan.d_model, "an embedding of the tokens"),
+        "d_vocab_out": _free_size(reader, "unembed.W_U", 1, plan.d_model, "an unembedding"),
         "normalization_type": None,
         "attn_only": "blocks.0.mlp.W_in" not in names,
         "gated_mlp": "blocks.0.mlp.W_gate" in names,
@@ -210,19 +212,30 @@ def _told_by_tensors(checkpoint: Checkpoint) -> dict[str, Any]:
     if "blocks.0.ln1.w" in names:
         told["normalization_type"] = "LN" if "blocks.0.ln1.b" in names else "RMS"
     if "pos_embed.W_pos" in names:
-        told["n_ctx"] = reader.info("pos_embed.W_pos").shape[0]
+        told["n_ctx"] = _free_size(reader, "pos_embed.W_pos", 0, plan.d_model, "positions")
         told["positional_embedding_type"] = "standard"
     if not told["attn_only"]:
-        told["d_mlp"] = reader.info("blocks.0.mlp.W_in").shape[-1]
+        told["d_mlp"] = _free_size(reader, "blocks.0.mlp.W_in", 1, plan.d_model, "its MLP")
     return told
 
 
-def _rows(reader: TensorReader, name: str, axis: int, what: str) -> int:
+def _free_size(reader: TensorReader, name: str, axis: int, d_model: int, what: str) -> int:
+    """The size along `axis` of a matrix whose other side is the residual stream.
+
+    It decides how large the model is made, so that the whole shape is checked first.
+    """
     if name not in reader.names():
         raise CheckpointError(
             f"{reader.label}: the model cannot be run without {what}: there is no tensor {name!r}."
         )
-    return int(reader.info(name).shape[axis])
+    shape = reader.info(name).shape
+    if len(shape) != _MATRIX_AXES or shape[1 - axis] != d_model:
+        wanted = f"({d_model}, ...)" if axis else f"(..., {d_model})"
+        raise ConfigMismatchError(
+            f"{reader.label}: tensor {name!r} has shape {shape}; beside heads of d_model={d_model} "
+            f"it must have {wanted}."
+        )
+    return shape[axis]
 
 
 def _check_config(config: Mapping[str, Any], told: dict[str, Any], reader: TensorReader) -> None:

@@ -125,18 +125,22 @@ class _Settings:
                     f"layer ({', '.join(map(str, given))}), which is not known of this "
                     "architecture."
                 )
-            return given.get(self._rope.entry) or {}
+            given = given.get(self._rope.entry) or {}
+            if not isinstance(given, Mapping):
+                raise self._bad(f"rope_parameters.{self._rope.entry}", given, "a mapping")
         return given
 
     def kind(self) -> str:
         named = self.entries.get("rope_type", self.entries.get("type")) or "default"
+        if not isinstance(named, str):
+            raise self._bad("rope_type", named, "a text")
         kind = (self._rope.renamed or {}).get(named, named)
         if kind not in self._rope.scalings:
             raise UnsupportedLayoutError(
                 f"{self._label}: rotary positions of the kind {named!r} are not known; skhead "
                 f"reads {', '.join(map(repr, self._rope.scalings))}."
             )
-        return str(kind)
+        return kind
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.optional(key)
@@ -213,6 +217,13 @@ class _Settings:
             raise self._bad(key, value, "a positive number")
         return float(value)
 
+    def senseless(self, why: str) -> ConfigMismatchError:
+        """The error for numbers that are in range one by one, and give no frequencies together."""
+        return ConfigMismatchError(
+            f"{self._label}: the configuration's rotary positions of the kind {self.kind()!r} give "
+            f"no frequencies ({why}): {reprlib.repr(dict(self.entries))}."
+        )
+
     def _bad(self, key: str, value: object, wanted: str) -> ConfigMismatchError:
         return ConfigMismatchError(
             f"{self._label}: the configuration's {key}={reprlib.repr(value)} is not {wanted}."
@@ -225,7 +236,12 @@ def _read(config: Config, rope: Rope, d_head: int, label: str) -> Rotary:
     n_dims = settings.n_dims(d_head)
     exponents = torch.arange(0, n_dims, 2, dtype=torch.float64) / n_dims
     plain = settings.base() ** -exponents
-    frequencies, scaling = scale(plain, settings)
+    try:
+        frequencies, scaling = scale(plain, settings)
+    except ArithmeticError as error:
+        raise settings.senseless(str(error)) from error
+    if not bool(torch.isfinite(frequencies).all()) or not math.isfinite(scaling):
+        raise settings.senseless("a frequency is NaN or infinite")
     return Rotary(frequencies, 2 * len(frequencies), rope.pairing, scaling)
 
 

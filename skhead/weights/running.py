@@ -170,14 +170,15 @@ def _hugging_face_module(checkpoint: Checkpoint) -> nn.Module:
             f"{reader.label}: there is no {CONFIG_NAME} that says how the model computes, and the "
             "tensors do not have TransformerLens' names (blocks.0.attn.W_Q)."
         )
-    if not config.get("architectures"):
+    listed = config.get("architectures")
+    if not isinstance(listed, list) or not listed or not isinstance(listed[0], str):
         raise UnsupportedLayoutError(
             f"{reader.label}: {CONFIG_NAME} does not name the class of the model; state it, for "
             'example "architectures": ["LlamaForCausalLM"].'
         )
-    architecture = config["architectures"][0]
+    architecture = listed[0]
     _check_adapter(architecture, reader.label)
-    if config.get("model_type") not in transformers.CONFIG_MAPPING:
+    if str(config.get("model_type")) not in transformers.CONFIG_MAPPING:
         raise UnsupportedLayoutError(
             f"{reader.label}: model_type {config.get('model_type')!r} is none that the installed "
             "transformers knows; code that comes with a checkpoint is not executed."

@@ -178,8 +178,10 @@ def _settle_ties(found: TokenSources, compare: bool) -> None:
 
 
 def _share_memory(reader: TensorReader, embedding: str, unembedding: str) -> bool:
-    one, other = reader.tensor(embedding), reader.tensor(unembedding).mT
-    return one.data_ptr() == other.data_ptr() and one.stride() == other.stride()
+    """Whether an unembedding, stored as columns, is the embedding turned round."""
+    one, other = reader.tensor(embedding), reader.tensor(unembedding)
+    turned = one.shape == other.shape[::-1] and one.stride() == other.stride()[::-1]
+    return turned and one.data_ptr() == other.data_ptr()
 
 
 def _are_equal(reader: TensorReader, embedding: str, unembedding: str) -> bool:

@@ -62,13 +62,12 @@ class TableReader:
         found, columns = self.found, self.found.tokens.columns
         name = found.embedding if embedding else None
         other = found.unembedding if unembedding else None
-        if name is not None and other is not None:
-            self._compare_sizes(name, other)
         first = None if name is None else self._table(name)
         if first is None or other is None:
             second = None if other is None else self._table(other, columns)
         elif not found.tied:
             second = self._table(other, columns)
+            self._warn_of_other_size(first, second)
         elif self._tells_ends_apart(final_gain):
             second = first.clone()
         else:
@@ -185,14 +184,13 @@ class TableReader:
             )
         return tensor
 
-    def _compare_sizes(self, embedding: str, unembedding: str) -> None:
-        reader = self.found.reader
-        rows = reader.info(embedding).shape[0]
-        other = reader.info(unembedding).shape[-1 if self.found.tokens.columns else 0]
-        if rows != other:
+    def _warn_of_other_size(self, embedding: torch.Tensor, unembedding: torch.Tensor) -> None:
+        found = self.found
+        if len(embedding) != len(unembedding):
             warnings.warn(
-                f"{reader.label}: the unembedding {unembedding!r} has {other} tokens, and the "
-                f"embedding {embedding!r} has {rows}; both are kept as they are.",
+                f"{found.reader.label}: the unembedding {found.unembedding!r} has "
+                f"{len(unembedding)} tokens, and the embedding {found.embedding!r} has "
+                f"{len(embedding)}; both are kept as they are.",
                 UserWarning,
                 stacklevel=users_level(),
             )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import skhead
-from skhead.exceptions import CheckpointError, UnsupportedLayoutError
+from skhead.exceptions import CheckpointError, ConfigMismatchError, UnsupportedLayoutError
 from skhead.weights.first_block import read_first_block, read_source_embedding
 from skhead.weights.running import open_bridge
 from tests.architectures import ZOO, fresh_model
@@ -179,4 +179,29 @@ def test_an_unknown_activation_is_named():
     model, source = _registered("llama")
     model.config.hidden_act = "mish"
     with pytest.raises(UnsupportedLayoutError, match="activation 'mish'"):
+        read_first_block(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("h.0.ln_2.weight", (1,), "the norm's gain of this model has"),
+        ("h.0.ln_2.bias", (1,), "the norm's bias of this model has"),
+        ("h.0.mlp.c_fc.bias", (1,), "the bias of the MLP's up matrix of this model has"),
+        ("h.0.mlp.c_proj.bias", (7,), "the bias of the MLP's down matrix of this model has"),
+    ],
+)
+def test_vectors_of_another_length_are_not_repeated(name, shape, message):
+    model, source = _registered("gpt2")
+    owner, _, attribute = f"transformer.{name}".rpartition(".")
+    setattr(attrgetter(owner)(model), attribute, torch.nn.Parameter(torch.ones(shape)))
+    with pytest.raises(ConfigMismatchError, match=rf"{name}' has shape .*; {message}"):
+        read_first_block(source)
+
+
+def test_matrices_that_disagree_about_the_hidden_layer():
+    model, source = _registered("llama")
+    mlp = model.model.layers[0].mlp
+    mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight[:, 1:].clone())
+    with pytest.raises(ConfigMismatchError, match=r"widths \(up \d+, down \d+, gate \d+\)"):
         read_first_block(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -213,6 +214,33 @@ def test_pattern_of_gemma3() -> None:
             "turns 96 of the 64 coordinates of a head",
         ),
         ({"partial_rotary_factor": 0.01}, ConfigMismatchError, "turns 0 of the 64 coordinates"),
+        (
+            {"rope_scaling": {"rope_type": ["linear"]}},
+            ConfigMismatchError,
+            r"rope_type=\['linear'\] is not a text",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_theta": 1.0},
+            ConfigMismatchError,
+            "kind 'yarn' give no frequencies .float division by zero.",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": 1e-320}},
+            ConfigMismatchError,
+            "kind 'yarn' give no frequencies",
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "type": "llama3",
+                    "factor": 2.0,
+                    "low_freq_factor": 4096 / (2 * math.pi),
+                    "high_freq_factor": 4096 / (2 * math.pi),
+                }
+            },
+            ConfigMismatchError,
+            "kind 'llama3' give no frequencies .a frequency is NaN",
+        ),
     ],
 )
 def test_errors(changes: dict[str, Any], error: type, message: str) -> None:
@@ -233,6 +261,11 @@ def test_errors(changes: dict[str, Any], error: type, message: str) -> None:
             {"layer_types": ["linear_attention"] * 7},
             UnsupportedLayoutError,
             "layers of the kind 'linear_attention' are not known",
+        ),
+        (
+            {"rope_parameters": {"full_attention": 5, "sliding_attention": {"rope_theta": 3.0}}},
+            ConfigMismatchError,
+            "rope_parameters.full_attention=5 is not a mapping",
         ),
     ],
 )

@@ -341,9 +341,20 @@ def test_values_and_shapes_are_checked(tmp_path):
     tensors["embed.W_E"][2, 3] = torch.nan
     with pytest.raises(CheckpointError, match=r"'embed\.W_E' holds NaN"):
         open_bridge(written(tmp_path, tensors))
+    for name in ("embed.W_E", "unembed.W_U", "pos_embed.W_pos"):
+        for shape in ((), (3,), (3, 3)):
+            tensors = tiny_tensors() | {name: torch.ones(shape)}
+            with pytest.raises(ConfigMismatchError, match=rf"'{name}' has shape .*d_model="):
+                open_bridge(written(tmp_path, tensors))
+    tensors = tiny_tensors(mlp="plain") | {"blocks.0.mlp.W_in": torch.ones(1, 10_000)}
+    with pytest.raises(ConfigMismatchError, match=r"'blocks\.0\.mlp\.W_in' has shape \(1, 10000\)"):
+        open_bridge(written(tmp_path, tensors))
     tensors = tiny_tensors() | {"ln_final.w": torch.ones(5)}
     with pytest.raises(ConfigMismatchError, match=r"'ln_final\.w' has shape \(5,\)"):
         open_bridge(written(tmp_path, tensors))
+    tensors = tiny_tensors(mlp="plain") | {"blocks.1.mlp.W_in": torch.ones(3)}
+    with pytest.raises(ConfigMismatchError, match=r"'blocks\.1\.mlp\.W_in' has shape \(3,\)"):
+        open_bridge(written(tmp_path, tensors, config_of(act_fn="relu", attn_only=False)))
 
 
 @pytest.mark.parametrize(
@@ -382,6 +393,9 @@ def test_no_parameter_of_a_hugging_face_model_stays_random(models_dir, gpt2_path
         ({"n_layer": 1}, ConfigMismatchError, r"tensors of layers have no place.*h\.1\.attn"),
         ({"n_layer": 3}, CheckpointError, r"random numbers would take their place.*h\.2\.attn"),
         ({"architectures": None}, UnsupportedLayoutError, "does not name the class of the model"),
+        ({"architectures": 5}, UnsupportedLayoutError, "does not name the class of the model"),
+        ({"architectures": [["A"]]}, UnsupportedLayoutError, "does not name the class of the"),
+        ({"model_type": ["gpt2"]}, UnsupportedLayoutError, r"model_type \['gpt2'\] is none that"),
         ({"architectures": ["MyGPT"]}, UnsupportedLayoutError, "no adapter for MyGPT"),
         ({"model_type": "mine"}, UnsupportedLayoutError, "model_type 'mine' is none that"),
     ],

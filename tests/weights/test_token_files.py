@@ -330,6 +330,11 @@ def test_live_ends_that_share_memory_are_tied(live, lens_tensors, ends):
     ends["unembed.W_U"] = ends["embed.W_E"].T
     space = read_token_space(live({**lens_tensors, **ends}))
     assert space.tied and space.unembedding is space.embedding
+    ends["unembed.W_U"] = ends["embed.W_E"][:-1].T
+    with pytest.warns(UserWarning, match="both are kept as they are"):
+        space = read_token_space(live({**lens_tensors, **ends}))
+    assert not space.tied
+    assert len(space.unembedding) == len(space.embedding) - 1
     ends["unembed.W_U"] = ends["embed.W_E"].T.clone()
     assert not read_token_space(live({**lens_tensors, **ends})).tied
 
@@ -340,6 +345,8 @@ def test_live_ends_that_share_memory_are_tied(live, lens_tensors, ends):
         ({EMBEDDING: _table(11, width=20)}, ConfigMismatchError,
          r"has shape \(11, 20\); beside heads of d_model=24 it must have \(rows, 24\)"),
         ({EMBEDDING: torch.zeros(24)}, ConfigMismatchError, r"has shape \(24,\); beside"),
+        ({EMBEDDING: torch.tensor(1.0)}, ConfigMismatchError, r"has shape \(\); beside"),
+        ({HEAD: torch.tensor(1.0)}, ConfigMismatchError, r"lm_head.weight' has shape \(\); beside"),
         ({HEAD: _table(11, width=25)}, ConfigMismatchError, r"lm_head.weight' has shape \(11, 25"),
         ({"model.norm.weight": torch.ones(7)}, ConfigMismatchError,
          r"norm.weight' has shape \(7,\); a gain of this model has \(24,\)"),
@@ -353,6 +360,14 @@ def test_live_ends_that_share_memory_are_tied(live, lens_tensors, ends):
 def test_bad_tensors(changes, error, message, llama):
     with pytest.raises(error, match=rf"model\.safetensors: tensor '.*{message}"):
         read_token_space(llama(changes))
+
+
+@pytest.mark.parametrize("shape", [(), (24,)])
+def test_a_table_under_lens_names_that_is_no_matrix(shape, lens_tensors, ends, write_model):
+    ends["unembed.W_U"] = torch.ones(shape)
+    path = write_model({**lens_tensors, **ends}, None)
+    with pytest.raises(ConfigMismatchError, match=r"unembed\.W_U' has shape .*\(24, tokens\)"):
+        read_token_space(str(path))
 
 
 def test_missing_gain(llama):
