@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
 
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
 import skhead
 from skhead._stored.classes import name_of
@@ -111,7 +112,7 @@ def load(path: str | os.PathLike[str]) -> Any:
         If the file is truncated, was damaged or altered, is another file, names a class that is
         not listed, or was written by a later version of skhead.
     OSError
-        If there is no file that can be read.
+        If there is no file, or it may not be read.
 
     Warns
     -----
@@ -141,8 +142,9 @@ def load(path: str | os.PathLike[str]) -> Any:
     SubspaceExtractor(rank=4)
     """
     file = Path(path).expanduser()
-    if file.is_dir():
-        raise EstimatorFileError(f"{file} is a directory; give the file that skhead.save wrote.")
+    if file.exists() and not file.is_file():
+        kind = "a directory" if file.is_dir() else "no ordinary file"
+        raise EstimatorFileError(f"{file} is {kind}; give the file that skhead.save wrote.")
     document, tensors, facts = read_archive(file)
     _check_version(file, facts)
     try:
@@ -175,14 +177,15 @@ _MALFORMED = (
 
 def _check_version(path: Path, facts: dict[str, str]) -> None:
     """Refuse files of later versions, and warn of earlier ones."""
-    name, _, number = facts.get("format", "").rpartition("-")
+    own = Version(skhead.__version__)
+    found = re.fullmatch(r"skhead-estimator-([0-9]{1,9})", facts.get("format", ""))
     try:
-        written, own = Version(facts.get("skhead_version", "")), Version(skhead.__version__)
-    except InvalidVersion:
+        written = Version(facts.get("skhead_version", ""))
+    except ValueError:  # no version, or one of more digits than Python reads
         written = None
-    if name != "skhead-estimator" or not number.isdecimal() or written is None:
+    if found is None or written is None:
         raise EstimatorFileError(f"{path} is no file of skhead.save.")
-    if int(number) > _FORMAT or written > own:
+    if int(found[1]) > _FORMAT or written > own:
         raise EstimatorFileError(
             f"{path} was written by skhead {written}, and this is skhead {own}, which does not "
             "know files of later versions. Upgrade skhead, or save with this version."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import struct
 import sys
 import threading
@@ -37,6 +38,7 @@ from sklearn.preprocessing import (
 from sklearn.svm import LinearSVC
 
 import skhead
+from skhead._stored import reading, writing
 from skhead._stored.classes import CLASSES as STORED
 from skhead._stored.classes import class_of
 from skhead._stored.reading import Reader
@@ -298,6 +300,18 @@ def test_too_much_text(tmp_path, monkeypatch):
         skhead.save(skhead.SubspaceExtractor(), tmp_path / "file")
 
 
+def test_too_much_padded_text(tmp_path, monkeypatch):
+    """What all arrays of texts take together counts, here 2 of 12 bytes."""
+    estimator = skhead.SubspaceExtractor(cache=[np.array(["abc"]), np.array(["abd"])])
+    skhead.save(estimator, tmp_path / "file")
+    monkeypatch.setattr(writing, "PADDED", 20)
+    with pytest.raises(UnstorableError, match=r"cache\[1\] holds texts of 12 bytes.* room for 20"):
+        skhead.save(estimator, tmp_path / "other")
+    monkeypatch.setattr(reading, "PADDED", 20)
+    with pytest.raises(EstimatorFileError, match=r"take more than 20 bytes"):
+        skhead.load(tmp_path / "file")
+
+
 # Reading
 
 
@@ -350,6 +364,16 @@ def test_foreign_files(tmp_path):
         skhead.load(tmp_path / "nowhere")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
+def test_what_is_no_file_is_not_read(tmp_path):
+    """A pipe would wait for ever, and a device never end."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    for name in ("pipe", "zeros"):
+        with pytest.raises(EstimatorFileError, match=f"{name} is no ordinary file"):
+            skhead.load(tmp_path / name)
+
+
 def write_document(path, document, tensors=None, **facts):
     """A file with a right checksum, whatever it says."""
     known = {"format": "skhead-estimator-1", "skhead_version": skhead.__version__}
@@ -389,7 +413,16 @@ def test_another_version_of_scikit_learn_warns(tmp_path):
         skhead.load(tmp_path / "file")
 
 
-@pytest.mark.parametrize("facts", [{"format": "other-1"}, {"skhead_version": "?"}], ids=str)
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"format": "other-1"},
+        {"skhead_version": "?"},
+        {"format": "skhead-estimator-" + "9" * 5000},
+        {"skhead_version": "9" * 5000},
+    ],
+    ids=["format", "version", "long format", "long version"],
+)
 def test_files_of_no_version(facts, tmp_path):
     write_document(tmp_path / "file", EXTRACTOR, **facts)
     with pytest.raises(EstimatorFileError, match="no file of skhead.save"):

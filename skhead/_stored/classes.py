@@ -83,7 +83,8 @@ CLASSES: Mapping[str, tuple[str, str]] = {
     for name in names
 }
 
-#: Bytes of texts padded to equal width, of which a short file could else ask for any amount.
+#: Bytes of all texts that are padded to a width, of which a short file could else ask for any
+#: amount.
 PADDED = 2**28
 SCALARS = {
     name: np.dtype(name)

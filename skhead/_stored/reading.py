@@ -48,6 +48,7 @@ class Reader:
         self._tensors = tensors
         self._caller = caller
         self._arrays: dict[tuple[str, str], Any] = {}
+        self._padded = 0
 
     def read(self, document: Any) -> Any:
         """Return the object of a document.
@@ -100,8 +101,11 @@ class Reader:
 
     def _texts(self, document: dict[str, Any]) -> NDArray[Any]:
         texts, width = self._list(document["texts"]), document["width"]
-        if type(width) is not int or not 0 < width * max(len(texts), 1) * 4 <= PADDED:
+        if type(width) is not int or width < 1:
             raise self._error(f"{len(texts)} texts have the impossible width {width!r}")
+        self._padded += width * max(len(texts), 1) * 4
+        if self._padded > PADDED:
+            raise self._error(f"texts of a width of {width} take more than {PADDED} bytes")
         if not all(type(text) is str and len(text) <= width for text in texts):
             raise self._error("a text is longer than it claims, or is none")
         return self._shaped(np.array(texts, dtype=f"<U{width}"), document)

@@ -39,6 +39,7 @@ class Writer:
         self._caller = caller
         self._arrays: dict[int, tuple[Any, dict[str, Any]]] = {}
         self._open: list[int] = []
+        self._padded = 0
 
     def write(self, value: Any, where: str) -> Any:
         """Return the document of an object.
@@ -121,12 +122,13 @@ class Writer:
             items = [self.write(x, f"{where}[{i}]") for i, x in enumerate(value.ravel())]
             return {"objects": items, "shape": list(value.shape)}
         if value.dtype.kind == "U":
-            if value.nbytes > PADDED:
-                raise UnstorableError(
-                    f"{self._caller}: {where} holds texts of {value.nbytes} bytes, more than the "
-                    f"{PADDED} that are stored; give an array of dtype object"
-                )
             width = max(value.dtype.itemsize // 4, 1)
+            self._padded += width * max(value.size, 1) * 4
+            if self._padded > PADDED:
+                raise UnstorableError(
+                    f"{self._caller}: {where} holds texts of {value.nbytes} bytes, and a file has "
+                    f"room for {PADDED} of all such arrays; give an array of dtype object"
+                )
             return {"texts": value.ravel().tolist(), "shape": list(value.shape), "width": width}
         if value.dtype.name not in SCALARS:
             raise self._refusal(value, where)

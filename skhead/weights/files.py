@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -142,20 +143,23 @@ def _open_directory(path: Path) -> TensorReader:
     if pickled:
         raise UnsafeCheckpointError(
             f"{path} holds weights in pickled files only ({pickled[0].name}), and unpickling can "
-            f"execute code. Convert each of them: {conversion_command(pickled[0])} . Or give the "
+            f"execute code. Convert each of them: {_conversion_command(pickled[0])} . Or give the "
             "path of the file itself as source: it is then read with torch.load(weights_only=True)."
         )
     raise CheckpointError(f"{path} holds no safetensors file.")
 
 
-def conversion_command(path: Path) -> str:
-    """Return a shell command that rewrites a torch file as safetensors without unpickling code."""
+def _conversion_command(path: Path) -> str:
+    """A shell command that rewrites a torch file as safetensors without unpickling code.
+
+    The file's name is an argument of its own, as it may be made to end a text in code.
+    """
     target = path.with_name(path.stem.replace("pytorch_model", "model") + ".safetensors")
     return (
-        'python -c "import torch; from safetensors.torch import save_file; '
-        f"state = torch.load('{path}', weights_only=True); "
+        'python -c "import sys, torch; from safetensors.torch import save_file; '
+        "state = torch.load(sys.argv[1], weights_only=True); "
         "save_file({name: tensor.clone().contiguous() for name, tensor in state.items()}, "
-        f"'{target}')\""
+        f'sys.argv[2])" {shlex.join([path.as_posix(), target.as_posix()])}'
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -353,13 +354,27 @@ def test_pickled_weights_are_refused_with_a_command_that_works(
     message = str(caught.value)
     assert "weights_only=True" in message
     command = message[message.index("python -c ") : message.index(" . Or give")]
-    code = command.removeprefix('python -c "').removesuffix('"')
-    subprocess.run([sys.executable, "-c", code], check=True)
+    python, *arguments = shlex.split(command)
+    assert python == "python"
+    subprocess.run([sys.executable, *arguments], check=True)
     heads = skhead.load_heads(path)
     direct = skhead.load_heads(path / "pytorch_model.bin")
     for role in "QKVO":
         converted = skhead.load_weights(heads, role)
         assert (converted == skhead.load_weights(direct, role)).all()
+
+
+@pytest.mark.parametrize("name", ["a'+print(1)+'.bin", "$(touch x).bin", "a; echo.bin", 'a"b.bin'])
+def test_the_command_takes_a_file_name_for_a_name(name, tmp_path):
+    """Names come from whoever made the archive, and users paste the command into a shell."""
+    (tmp_path / name).touch()
+    with pytest.raises(UnsafeCheckpointError) as caught:
+        skhead.load_heads(tmp_path)
+    message = str(caught.value)
+    command = message[message.index("python -c ") : message.index(" . Or give")]
+    _, _, code, source, _ = shlex.split(command)
+    assert source == (tmp_path / name).as_posix()
+    assert name not in code and "$" not in code
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
