@@ -176,7 +176,7 @@ def _split_objects(
     used = objects[:n_items]
     if queried is not None and queried not in used:
         used = [queried, *used[1:]]
-    return used, [name for name in objects[n_items:] if name != queried]
+    return used, [name for name in objects if name not in used]
 
 
 def _drawn_boxes(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from skhead._checks import check_count
 from skhead._html import ShowsSummary, Summary
 from skhead.datasets._payload_latents import (
     PayloadEmbeddings,
@@ -16,7 +17,6 @@ from skhead.datasets._payload_latents import (
     distinct_codes,
     draw_latents,
     noisy,
-    positive,
     signs_of,
 )
 
@@ -219,8 +219,8 @@ def make_payload_retrieval(
     rng = np.random.default_rng(random_state)
     name = "make_payload_retrieval"
     check_draw(name, latent, noise)
-    positive(name, "n_sequences", n_sequences)
-    positive(name, "context", context)
+    check_count("n_sequences", n_sequences, name)
+    check_count("context", context, name)
     wanted = {"r1": r1, "r2": r2, "n_payloads": n_payloads, "d_model": d_model}
     embeddings = _embeddings(wanted, embeddings, rng)
     r1, n_latents = embeddings.r1, embeddings.r1 + embeddings.r2
@@ -314,7 +314,7 @@ def make_contrast_pairs(
     if factor not in FACTORS:
         raise ValueError(f"{name}: factor={factor!r}; use 'z1' or 'z2'")
     check_draw(name, latent, noise)
-    positive(name, "n_pairs", n_pairs)
+    check_count("n_pairs", n_pairs, name)
     rng = np.random.default_rng(random_state)
     embeddings = head.embeddings if embeddings is None else embeddings
     at, dtype = FACTORS.index(factor), embeddings.payload.dtype

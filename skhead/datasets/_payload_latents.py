@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from skhead._checks import check_count
 from skhead._html import ShowsSummary, Summary
 from skhead.exceptions import HeadShapeError
 
@@ -123,7 +124,7 @@ class PayloadEmbeddings(ShowsSummary):
         """
         sizes = {"r1": r1, "r2": r2, "n_payloads": n_payloads, "d_model": d_model}
         for name, size in sizes.items():
-            positive("PayloadEmbeddings.draw", name, size)
+            check_count(name, size, "PayloadEmbeddings.draw")
         rng = np.random.default_rng(random_state)
         first, second = (d_model, r1), (d_model, r2)
         return cls(
@@ -179,12 +180,6 @@ class PayloadEmbeddings(ShowsSummary):
     def key_side(self) -> NDArray[np.floating]:
         """``[A1 A2]``, of shape (d_model, r1 + r2)."""
         return np.hstack([self.A1, self.A2])
-
-
-def positive(function: str, name: str, value: Any) -> None:
-    """Refuse a size that is no positive integer."""
-    if not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{function}: {name}={value!r}; it must be a positive integer")
 
 
 def check_draw(function: str, latent: str, noise: float) -> None:

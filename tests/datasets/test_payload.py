@@ -102,7 +102,7 @@ class TestEmbeddings:
             PayloadEmbeddings(**parts | {"payload": parts["payload"][0]})
         with pytest.raises(HeadShapeError, match=r"r1 \+ r2 = 70 latents; use 62"):
             draw(r1=35, r2=35)
-        with pytest.raises(ValueError, match=r"PayloadEmbeddings.draw: r2=0; .* positive"):
+        with pytest.raises(ValueError, match=r"PayloadEmbeddings.draw: r2 must be an integer"):
             draw(r2=0)
 
 
@@ -190,8 +190,8 @@ class TestSequences:
             ({"latent": "uniform"}, "latent='uniform'; use 'sign' or 'gaussian'"),
             ({"noise": -1.0}, "noise=-1.0; it is a standard deviation"),
             ({"noise": np.nan}, "noise=nan; it is a standard deviation"),
-            ({"n_sequences": 0}, "n_sequences=0; it must be a positive integer"),
-            ({"context": 1.5}, "context=1.5; it must be a positive integer"),
+            ({"n_sequences": 0}, "n_sequences must be an integer of at least 1; got 0"),
+            ({"context": 1.5}, "context must be an integer of at least 1; got 1.5"),
         ],
     )
     def test_wrong_options_are_named(self, options, message):
@@ -273,7 +273,7 @@ class TestContrastPairs:
         ("options", "message"),
         [
             ({"factor": "z3"}, "factor='z3'; use 'z1' or 'z2'"),
-            ({"n_pairs": 0}, "n_pairs=0; it must be a positive integer"),
+            ({"n_pairs": 0}, "n_pairs must be an integer of at least 1; got 0"),
             ({"latent": "uniform"}, "latent='uniform'; use"),
         ],
     )

@@ -192,6 +192,17 @@ def test_counterfactual_prompts_differ_in_the_object_alone():
         byte_encoder, 3, contrast="lexical", queried="umbrella", random_state=0
     )
     assert fixed.query_labels.tolist() == ["umbrella"] * 3
+    used, unused = make_binding_prompts(
+        byte_encoder,
+        3,
+        contrast="lexical",
+        n_items=2,
+        objects=["cup", "lamp", "jar"],
+        queried="jar",
+        random_state=0,
+    )
+    assert used.query_labels.tolist() == ["jar"] * 3
+    assert unused.query_labels.tolist() == ["cup"] * 3
 
 
 def test_own_objects_labels_and_texts():
