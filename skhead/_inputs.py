@@ -219,8 +219,9 @@ def copying_form(
                 f"{caller}: a stack has no tokens; name its weights and embedding with "
                 "register_model and pass that heads table"
             )
-        space = process.tokens(model.name)
-        ends = [token_matrix(space, which, caller) for which in ("embedding", "unembedding")]
+        names = ("embedding", "unembedding")
+        space = process.tokens(model.name, names)
+        ends = [token_matrix(space, which, caller) for which in names]
     except UnsupportedLayoutError as error:
         if errors == "raise":
             raise

@@ -60,6 +60,12 @@ def test_every_column_equals_the_dense_map():
         np.testing.assert_allclose(reads @ writes.T, whole, atol=1e-4 * np.abs(whole).max())
 
 
+def test_copying_scores_read_no_positions():
+    tensors = with_tokens() | {"pos_embed.W_pos": torch.full((6, 24), torch.nan)}
+    with registered(tensors) as heads:
+        assert virtual_heads(heads).table["ov_copying"].notna().all()
+
+
 def test_paths_rise_through_layers_and_are_ranked():
     with toy_heads(n_kv_heads=2) as heads:
         with pytest.warns(UserWarning, match="Copying scores are NaN") as caught:
