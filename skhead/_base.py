@@ -456,7 +456,9 @@ def parse_bytes(value: int | str, caller: str) -> int:
         if match:
             number, prefix, binary = match.groups()
             base = 1024 if binary else 1000
-            return int(float(number) * base ** " KMGT".index(prefix.upper() or " "))
+            n_bytes = int(float(number) * base ** " KMGT".index(prefix.upper() or " "))
+            if n_bytes:
+                return n_bytes
     elif not isinstance(value, bool) and isinstance(value, int | np.integer) and value > 0:
         return int(value)
     raise ValueError(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 __all__ = ["users_level"]
 
-_OWN = str(Path(__file__).parent)
+_OWN = f"{Path(__file__).parent}{os.sep}"
 #: Where scikit-learn wraps what estimators do.
 _WRAPPERS = ("sklearn.callback", "sklearn.utils._set_output")
 

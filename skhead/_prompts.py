@@ -131,7 +131,8 @@ class Prompter:
             raise ValueError(f"{self._caller}: operation {name!r} has no pairs")
         pairs = []
         for number, pair in enumerate(operation):
-            if isinstance(pair, str) or len(pair) != _PAIR:
+            listed = isinstance(pair, Sequence | np.ndarray) and not isinstance(pair, str)
+            if not listed or len(pair) != _PAIR:
                 raise ValueError(
                     f"{self._caller}: pair {number} of operation {name!r} is {pair!r}, not a "
                     "source and a target"

@@ -547,3 +547,10 @@ def test_activations_that_overflow():
 def test_labels_agree_with_the_heads_table():
     table = dynamic_scores(BUNDLED, [(1, 2)], [([64], [])])
     assert list(dict.fromkeys(table.index)) == skhead.load_heads(BUNDLED).index.tolist()
+
+
+def test_pairs_that_are_none_are_named():
+    prompter = Prompter(None, False, None, "f")
+    for pair in (1, "ab", (1, 2, 3), None):
+        with pytest.raises(ValueError, match=r"f: pair 1 of operation 'op' is .*, not a source"):
+            prompter.write([(1, 2), pair], [([1], [2])], "op")

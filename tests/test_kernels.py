@@ -386,6 +386,9 @@ def test_budget_texts():
     sizes = {"1GiB": 2**30, "1.5 MiB": 1.5 * 2**20, "2kB": 2000, "100": 100, "3g": 3e9}
     for text, expected in sizes.items():
         assert parse_bytes(text, "test") == expected
+    for value in ("0", "0 GiB", "0.4", "", "-1", 0, True):
+        with pytest.raises(ValueError, match=rf"test: max_memory must be .*got {value!r}"):
+            parse_bytes(value, "test")
 
 
 def test_heads_of_different_models_are_compared_only_on_request():

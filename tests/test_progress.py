@@ -7,7 +7,9 @@ import pty
 import subprocess
 import sys
 import termios
+import warnings
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from sklearn.pipeline import make_pipeline
 from test_common import public_estimators
 
 import skhead
+from skhead._callers import users_level
 from skhead._progress import progress_bar, progress_fraction, progress_of_calls
 from skhead.datasets import load_payload_head, make_payload_retrieval
 
@@ -192,6 +195,24 @@ def test_warnings_point_at_the_users_line(heads):
         with pytest.warns(UserWarning, match="undefined") as told:
             classifier.set_callbacks(Log()).fit(similarity, heads["head"] % 2)
         assert {found.filename for found in told} == {__file__}
+
+
+def test_a_file_beside_the_package_is_the_users():
+    """Its path begins like the package's, as that of a script skhead_demo.py does."""
+    package = Path(skhead.__file__).parent
+    script = compile("def where(warn): warn()", str(package.with_name("skhead_demo.py")), "exec")
+    names: dict = {"__name__": "skhead_demo"}
+    exec(script, names)
+    inner = compile(
+        "def warn():\n    warnings.warn('here', stacklevel=users_level())",
+        str(package / "inner.py"),
+        "exec",
+    )
+    own: dict = {"__name__": "skhead.inner", "warnings": warnings, "users_level": users_level}
+    exec(inner, own)
+    with pytest.warns(UserWarning, match="here") as found:
+        names["where"](own["warn"])
+    assert found[0].filename == str(package.with_name("skhead_demo.py"))
 
 
 def test_counted_calls_tell_their_share(monkeypatch):

@@ -16,7 +16,14 @@ from skhead.weights.layouts import PART_NAMES
 from skhead.weights.lens import has_lens_names
 from skhead.weights.readers import MappingReader
 
-__all__ = ["is_registered", "live_module", "open_live", "register_model", "unregister_model"]
+__all__ = [
+    "is_registered",
+    "live_module",
+    "open_live",
+    "register_model",
+    "uncompiled",
+    "unregister_model",
+]
 
 _MODELS: dict[str, Any] = {}
 _LOCK = threading.Lock()
@@ -118,6 +125,11 @@ def live_module(name: str) -> Any:
         return _MODELS.get(name)
 
 
+def uncompiled(module: torch.nn.Module) -> Any:
+    """Return the module that ``torch.compile`` wraps, or the module itself."""
+    return getattr(module, _COMPILED, module)
+
+
 def open_live(name: str) -> Checkpoint | None:
     """Return a registered model's present weights, None if no model has that name."""
     module = live_module(name)
@@ -134,7 +146,7 @@ def _open(module: Any, name: str) -> Checkpoint:
             f"{label}: a {type(module).__name__} is neither a torch module nor a mapping of names "
             "to tensors."
         )
-    module = getattr(module, _COMPILED, module)
+    module = uncompiled(module)
     if bridges.is_bridge(module):
         reader = MappingReader(label, bridges.BridgeTensors(module, label))
         config, tokens = bridges.tokens_of(module)

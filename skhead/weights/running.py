@@ -6,7 +6,6 @@ import copy
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,11 +24,10 @@ from skhead.weights.bridges import is_bridge
 from skhead.weights.files import CONFIG_NAME, Checkpoint
 from skhead.weights.lens import has_lens_names
 from skhead.weights.native import native_bridge
-from skhead.weights.sources import locate, split_source
+from skhead.weights.sources import absolute_path, locate, split_source
 
 __all__ = ["attention_layers", "evaluating", "open_bridge", "token_batches"]
 
-_COMPILED = "_orig_mod"
 #: Numbers that one batch may hold in a layer's heads (float32, 64 MiB), and in its logits.
 _BATCH_NUMBERS = 1 << 24
 _LOGIT_NUMBERS = 1 << 26
@@ -104,7 +102,7 @@ def _require_lens() -> None:
 
 def _bridge_of_module(module: nn.Module) -> Any:
     _require_lens()
-    module = getattr(module, _COMPILED, module)
+    module = live.uncompiled(module)
     if is_bridge(module):
         return module
     label = f"a live {type(module).__name__}"
@@ -127,7 +125,7 @@ def _open_local(model: str | os.PathLike[str]) -> Checkpoint:
             )
         if live.is_registered(where) or where in datasets.list_models():
             return locate(where)
-    path = Path(model).expanduser()
+    path = absolute_path(os.fspath(model))
     if not path.exists():
         raise SourceNotFoundError(
             f"open_bridge: source {os.fspath(model)!r} is no registered live model, no bundled "

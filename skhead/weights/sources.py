@@ -13,7 +13,7 @@ from skhead.weights.files import Checkpoint, open_path
 from skhead.weights.hub import open_repository
 from skhead.weights.layouts import PART_NAMES
 
-__all__ = ["cut_part", "locate", "reopen", "split_address", "split_source"]
+__all__ = ["absolute_path", "cut_part", "locate", "reopen", "split_address", "split_source"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 _PINNED = re.compile(r"(?P<repo>[^@]+)@(?P<commit>[0-9a-f]{40})")
@@ -38,7 +38,7 @@ def split_address(address: str) -> tuple[str, str | None]:
 
 def split_source(source: str) -> tuple[str, str | None]:
     """Split what the user names, as :func:`split_address`; it may be a relative path."""
-    return _split(source, _absolute(source))
+    return _split(source, absolute_path(source))
 
 
 def _split(text: str, path: Path | None) -> tuple[str, str | None]:
@@ -82,7 +82,7 @@ def locate(source: str | os.PathLike[str], revision: str | None = None) -> Check
     if not text:
         raise SourceNotFoundError("source is empty: give a directory, a hub id or a name.")
     found = _find_named(text) if isinstance(source, str) else None
-    path = _absolute(text)
+    path = absolute_path(text)
     if found is None and _exists(path):
         found = open_path(path)
     if found is not None:
@@ -137,8 +137,13 @@ def _is_named(name: str) -> bool:
     return live.is_registered(name) or name in datasets.list_models()
 
 
-def _absolute(text: str) -> Path:
-    return Path(os.path.normpath(Path(text).expanduser().absolute()))
+def absolute_path(text: str) -> Path:
+    """Return an absolute path without ``..``, with the directory of a user for ``~``."""
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError:  # "~name" of a user whom the system does not know is a name like others
+        path = Path(text)
+    return Path(os.path.normpath(path.absolute()))
 
 
 def _exists(path: Path) -> bool:

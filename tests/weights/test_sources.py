@@ -15,6 +15,7 @@ from skhead.exceptions import (
     ConfigMismatchError,
     HeadShapeError,
     HeadTableError,
+    SourceNotFoundError,
     UnsupportedLayoutError,
 )
 from skhead.weights import describe_sources, read_role
@@ -39,6 +40,12 @@ def test_relative_path_and_path_object(write_model, llama_tensors, llama_config,
     assert skhead.load_heads(path).equals(heads)
     assert skhead.load_heads(f"{path}/../model/").equals(heads)
     assert skhead.load_weights(heads).shape == (12, 24, 8)
+
+
+def test_home_of_nobody_is_a_name_like_others(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SourceNotFoundError, match=r"source '~no-such-user/model' does not exist"):
+        skhead.load_heads("~no-such-user/model")
 
 
 def test_sharded_equals_single(write_model, write_sharded, llama_tensors, llama_config):
