@@ -315,6 +315,26 @@ def test_too_much_padded_text(tmp_path, monkeypatch):
 # Reading
 
 
+def test_columns_of_one_tensor_take_no_memory(tmp_path, monkeypatch):
+    """A short document could else make a table of any number of copies."""
+    array = {"array": "0", "turned": False}
+    column = ["numpy", array]
+    labels = {"range": [0, 1000, 1], "name": None}
+
+    def table(n_columns):
+        names = {"range": [0, n_columns, 1], "name": None}
+        frame = {"frame": [column] * n_columns, "columns": names, "rows": labels}
+        return _held(frame | {"attrs": {"dict": []}})
+
+    monkeypatch.setattr(reading, "PADDED", 0)
+    tensors = {"0": torch.zeros(1000)}
+    write_document(tmp_path / "file", table(1), tensors)
+    assert skhead.load(tmp_path / "file").cache.shape == (1000, 1)
+    write_document(tmp_path / "file", table(2), tensors)
+    with pytest.raises(EstimatorFileError, match="tables take more memory"):
+        skhead.load(tmp_path / "file")
+
+
 @pytest.fixture
 def saved(tmp_path):
     path = tmp_path / "kernel.safetensors"

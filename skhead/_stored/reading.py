@@ -49,6 +49,7 @@ class Reader:
         self._caller = caller
         self._arrays: dict[tuple[str, str], Any] = {}
         self._padded = 0
+        self._copied = 0
 
     def read(self, document: Any) -> Any:
         """Return the object of a document.
@@ -194,6 +195,9 @@ class Reader:
             raise self._error("a table has no labels")
         if len(names) != len(columns) or any(len(column) != len(rows) for column in columns):
             raise self._error(f"a table has {len(columns)} columns and other labels")
+        self._copied += sum(column.nbytes for column in columns)
+        if self._copied > PADDED + sum(tensor.nbytes for tensor in self._tensors.values()):
+            raise self._error("tables take more memory than the columns that are stored")
         found = pd.DataFrame(dict(enumerate(columns)), index=rows)
         found.columns = names
         found.attrs = self.read(document["attrs"])
