@@ -71,7 +71,7 @@ def _pieces(source: str) -> list[str]:
     address, part = cut_part(source)
     commit = re.fullmatch(r"([^@]+)@[0-9a-f]{40}", address)
     parts = list(PurePath(commit[1] if commit else address).parts) or [address]
-    last = PurePath(parts[-1])
+    last = PurePath(parts[-1].removesuffix(".index.json"))
     if last.suffix in (".safetensors", ".bin", ".pt", ".pth"):
         whole = last.stem in ("model", "pytorch_model") and len(parts) > 1
         parts = parts[:-1] if whole else [*parts[:-1], last.stem]

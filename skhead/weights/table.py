@@ -267,7 +267,8 @@ def check_heads(heads: pd.DataFrame, caller: str) -> pd.DataFrame:
     if beyond.any():
         row = checked[beyond].iloc[0]
         raise HeadTableError(
-            f"{caller}: a row of the heads table has layer {row['layer']} of {row['n_layers']}."
+            f"{caller}: row {row.name!r} of the heads table has layer {row['layer']} of "
+            f"{row['n_layers']}; layers are counted from 0."
         )
     if checked["d_model"].nunique() > 1:
         sizes = checked.groupby("source", sort=False)["d_model"].first()

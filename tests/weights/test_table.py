@@ -292,6 +292,21 @@ def test_labels(heads, write_model, llama_tensors, llama_config):
     assert head_labels(heads.reset_index(drop=True))[:2] == ["0", "1"]
 
 
+def test_short_name_of_an_index_is_its_directory(write_sharded, llama_tensors, llama_config):
+    one, other = (
+        write_sharded(llama_tensors, llama_config, name=name) / "model.safetensors.index.json"
+        for name in ("first", "second")
+    )
+    both = skhead.load_heads([one, other])
+    assert [both.index[0], both.index[-1]] == ["first:L0H0", "second:L2H3"]
+
+
+def test_layer_beyond_the_last_is_named(heads):
+    wrong = heads.assign(n_layers=[1] + [3] * (len(heads) - 1), layer=2)
+    with pytest.raises(HeadTableError, match=r"me: row 'L0H0' of the heads table has layer 2 of 1"):
+        check_heads(wrong, "me")
+
+
 def test_labels_that_are_equal_as_text(heads):
     labels = head_labels(heads.iloc[:3].set_axis(pd.Index([1, "1", 2], dtype=object)))
     assert labels == ["model:L0H0", "model:L0H1", "model:L0H2"]
