@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import numpy as np
@@ -119,7 +120,7 @@ def check_head_that_does_not_exist_is_named(bench: Bench) -> None:
         bench.run(replace(given, X=heads))
 
 
-def _anyone_refuses(bench: Bench, what: str, *mentions: str):  # type: ignore[no-untyped-def]
+def _anyone_refuses(bench: Bench, what: str, *mentions: str) -> AbstractContextManager[None]:
     """As `refused`, by whoever reads the weights, who does not know the estimator."""
     return refused(_Nameless(bench.estimator), what, *mentions)
 

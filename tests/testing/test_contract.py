@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.utils import get_tags
 
 import skhead
-from skhead.base import HeadTags
+from skhead.base import HeadTags, declare
 from skhead.testing import (
     check_head_estimator,
     head_estimator_checks,
@@ -127,6 +127,27 @@ def test_three_d_tag_stands_for_table_and_stack():
     assert "declares no door 'subspaces'" in CHECKS["check_other_processing_is_refused"].reason(
         Plain()
     )
+
+
+def test_documented_defaults_that_are_no_literals():
+    """An infinite default is documented as Python shows it; np.inf is another text."""
+
+    class Bounded(BaseEstimator):
+        __doc__ = "Parameters\n----------\nbound : float, default={}\n"
+
+        def __init__(self, bound=float("inf")):
+            self.bound = bound
+
+        def __sklearn_tags__(self):
+            return declare(super().__sklearn_tags__(), HeadTags())
+
+    template = Bounded.__doc__
+    check = CHECKS["check_documented_defaults"]
+    Bounded.__doc__ = template.format("inf")
+    check(Bounded())
+    Bounded.__doc__ = template.format("np.inf")
+    with pytest.raises(AssertionError, match=r"bound has the default inf, and .* says np\.inf"):
+        check(Bounded())
 
 
 def test_class_in_place_of_an_instance_is_refused():
