@@ -55,7 +55,9 @@ def cross_val_classes(
     Returns
     -------
     DataFrame of shape (n_heads, n_classes)
-        Indexed as `heads`. Of "decision_function", NaN where the training heads lack a class.
+        Indexed as `heads`; a column for each class of `y`, and for one that only the classifier
+        has, such as the unclassed of ``HeadClassifier(rare="none")``. Of "decision_function", NaN
+        where the training heads lack a class.
 
     Raises
     ------
@@ -97,7 +99,8 @@ def cross_val_classes(
     )
     index = heads.index if isinstance(heads, pd.DataFrame) else pd.RangeIndex(len(heads))
     absent = 0.0 if method == "predict_proba" else np.nan
-    found = pd.DataFrame(absent, index, sorted(set(labels.tolist()), key=str))
+    known = set(labels.tolist()).union(*(classes for classes, _ in parts))
+    found = pd.DataFrame(absent, index, sorted(known, key=str))
     for (_, test), (classes, scores) in zip(splits, parts, strict=True):
         found.iloc[test, found.columns.get_indexer(classes)] = scores
     return found

@@ -8,6 +8,7 @@ import pytest
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import LeaveOneOut, ShuffleSplit, StratifiedKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
 from toys import toy_heads
 
 import skhead
@@ -47,11 +48,25 @@ def test_the_unclassed_stay_unclassed():
                 seen.append(set(self.affinity_.columns.get_level_values("class")))
                 return self
 
-        from sklearn.pipeline import make_pipeline
-
         found = cross_val_classes(make_pipeline(similarity, Spy()), heads, y, cv=2)
     assert seen == [{"A", "B"}] * 2
     assert found.index.tolist() == heads.index.tolist()
+    np.testing.assert_allclose(found.sum(axis=1), 1)
+
+
+def test_a_class_that_only_the_classifier_has_gets_a_column_of_its_own():
+    """Its scores must not stand under the name of another class."""
+    kernel = skhead.ProjectionKernel(pairs=["QQ", "KK"], layer_order="all")
+    with toy_heads(n_layers=4, n_heads=4) as heads:
+        y = np.repeat(["A", "B", "C"], [8, 6, 2])
+        one = np.r_[0:4, 8:11, 14]
+        other = np.setdiff1d(np.arange(16), one)
+        steps = make_pipeline(kernel, skhead.HeadClassifier(rare="none"))
+        with pytest.warns(UserWarning, match="'C' have fewer than 2 heads"):
+            found = cross_val_classes(steps, heads, y, cv=[(one, other), (other, one)])
+    assert found.columns.tolist() == ["A", "B", "C", "None"]
+    assert (found["C"] == 0).all()
+    assert (found["None"] > 0).all()
     np.testing.assert_allclose(found.sum(axis=1), 1)
 
 
