@@ -246,7 +246,8 @@ def layer_permutation_score(
     HeadShapeError
         If `y` does not fit the heads.
     ValueError
-        If every layer has heads of one class only, or `n_permutations` is not positive.
+        If every layer has heads of one class only, `n_permutations` is not positive, or a score is
+        not a number.
 
     Examples
     --------
@@ -303,4 +304,10 @@ def _mean_score(
     found = cross_val_score(
         estimator, heads, y, groups=groups, cv=cv, scoring=scoring, error_score="raise"
     )
+    undefined = np.flatnonzero(np.isnan(found))
+    if len(undefined):
+        raise ValueError(
+            f"layer_permutation_score: the score of fold {undefined[0]} is nan, which no permuted "
+            "score can be held against; stratify the folds, use fewer, or choose another scoring"
+        )
     return float(np.mean(found))

@@ -99,3 +99,20 @@ def test_permutations_are_reproducible_and_checked():
             layer_permutation_score(model, heads, heads["layer"], cv=2)
         with pytest.raises(ValueError, match="n_permutations must be a positive integer, got 0"):
             layer_permutation_score(model, heads, y, cv=2, n_permutations=0)
+
+
+def test_a_score_that_is_undefined_has_no_p_value():
+    """No comparison with nan is true, so that any number of permutations would be significant."""
+
+    def undefined_without_both(estimator, X, y):
+        return 0.5 if len(set(y)) == 2 else float("nan")
+
+    with toy_heads() as heads:
+        y = np.where(heads.index == "L1H2", "one", "None")
+        folds = [(np.arange(12), heads["layer"].to_numpy() == layer) for layer in range(3)]
+        with pytest.raises(
+            ValueError, match=r"layer_permutation_score: the score of fold 0 is nan"
+        ):
+            layer_permutation_score(
+                DummyClassifier(), heads, y, cv=folds, scoring=undefined_without_both
+            )
