@@ -28,7 +28,7 @@ __all__ = ["EVIDENCE", "Guess", "guess_from_labels", "guess_from_zoo", "likelies
 EVIDENCE = ("previous_token", "ov_copying", "induction_strength")
 _LEARNED = ("Induction", "Previous Token")
 _NONE = "None"
-#: Fewest heads of a class that is learned within a model, which is one for each part.
+#: Fewest heads in and outside a class that is learned within a model: one for each part.
 _PARTS = 3
 _PAIRS = ("QQ", "KK", "VV", "OO")
 
@@ -133,18 +133,23 @@ def guess_from_labels(subspaces: Subspaces, classes: HeadClasses) -> Guess:
     Guess
     """
     counts = classes.values[classes.values != _NONE].value_counts()
-    learned = {str(name): int(counts[name]) for name in sorted(counts[counts >= _PARTS].index)}
+    enough = (counts >= _PARTS) & (len(classes.values) - counts >= _PARTS)
+    learned = {str(name): int(counts[name]) for name in sorted(counts[enough].index)}
     if not learned:
         why = (
-            f"no class of {classes.name} has the {_PARTS} heads that it takes to learn from some "
-            "and to judge others"
+            f"no class of {classes.name} has the {_PARTS} heads, with as many heads outside it, "
+            "that it takes to learn from some and to judge others"
         )
         return Guess(None, why, {}, 1)
     y = classes.values.where(classes.values.isin(learned), _NONE).to_numpy()
     kernel = ProjectionKernel(pairs=_PAIRS, layer_order="all").fit_transform(subspaces)
     table = pd.DataFrame(0.0, index=classes.values.index, columns=list(learned))
     parts = StratifiedKFold(_PARTS, shuffle=True, random_state=0)
-    for known, asked in parts.split(y, y):
+    with warnings.catch_warnings():
+        # The unclassed may be fewer than the parts: nothing is learned about them.
+        warnings.filterwarnings("ignore", "The least populated class in y")
+        folds = list(parts.split(y, y))
+    for known, asked in folds:
         model = HeadClassifier().fit(_cut(kernel, known, known), y[known])
         found = model.predict_proba(_cut(kernel, asked, known))
         places = [list(model.classes_).index(name) for name in learned]

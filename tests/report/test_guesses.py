@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -79,6 +81,33 @@ def test_too_few_labels_are_told(page):
     assert told["zoo"]["probabilities"]["L1H1"]["Induction"] > 0.9
     heads = pd.read_csv(page.with_name("heads.csv"), index_col="label")
     assert heads["p_zoo: Induction"].idxmax() == "L1H1"
+
+
+@pytest.mark.parametrize("outside", [0, 1, 2, 3])
+def test_labels_of_nearly_all_heads_do_not_stop_the_report(outside, tmp_path):
+    table = skhead.load_heads(MODEL)[["layer", "head"]]
+    table["class"] = ["one"] * (16 - outside) + [""] * outside
+    table.to_csv(tmp_path / "labels.csv", index=False)
+    page = write_report(MODEL, tmp_path, labels=tmp_path / "labels.csv", composition=False)
+    told = summary_of(page)["predicted_classes"]["labels"]
+    if outside < 3:
+        assert told["refused"].startswith("no class of labels has the 3 heads, with as many heads")
+        assert told["refused"] in words_of(page)
+    else:
+        assert told["learned"] == {"one": 13}
+        assert len(told["probabilities"]) == 16
+
+
+def test_a_single_head_without_a_class_is_judged_without_a_warning():
+    heads = skhead.load_heads(MODEL)
+    values = heads["layer"].map({0: "early", 1: "late"}).astype(object)
+    values.iloc[-1] = "None"
+    subspaces = skhead.SubspaceExtractor().fit_transform(heads)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = guess_from_labels(subspaces, HeadClasses("layers", "", values, False))
+    assert found.learned == {"early": 8, "late": 7}
+    assert found.probabilities.notna().all(axis=None)
 
 
 def test_induction_pairs_are_those_of_the_function(page):
