@@ -262,6 +262,8 @@ def log_cell(value: float) -> str:
     """A cell with a p-value from its logarithm to base 10, by which it sorts."""
     if value != value:
         return number_cell(None, 0)
+    if value == -math.inf:
+        return '<td class="n" data-v="-Infinity">0</td>'
     if value > -4:
         shown = f"{10**value:.4f}"
     else:

@@ -115,6 +115,26 @@ def test_nulls_that_two_heads_cannot_answer_say_why(tmp_path):
     assert "Not computed here: fit_empirical_null: needs at least 20" in words
 
 
+def test_an_overlap_beyond_the_law_has_a_p_value_of_zero(tmp_path):
+    """Random subspaces are never one inside the other, and constructed ones may be."""
+    rng = np.random.default_rng(0)
+    shape = {"Q": (4, 32, 4), "K": (4, 32, 4), "V": (4, 32, 4), "O": (4, 4, 32)}
+    tensors = {
+        f"blocks.{layer}.attn.W_{role}": rng.normal(size=size).astype(np.float32)
+        for layer in range(2)
+        for role, size in shape.items()
+    }
+    axes = np.eye(32, dtype=np.float32)[:4]
+    tensors["blocks.0.attn.W_O"][1], tensors["blocks.1.attn.W_Q"][2] = axes, axes.T
+    save_file(tensors, tmp_path / "model.safetensors")
+    page = write_report(tmp_path / "model.safetensors", tmp_path / "out", null="haar", k=3)
+    edges = pd.read_csv(page.with_name("edges.csv"))
+    first = edges[edges["pair"] == "OQ"].iloc[0]
+    assert (first["source"], first["target"]) == ("L0H1", "L1H2")
+    assert first["log10_p_haar"] == -np.inf
+    assert '<td class="n" data-v="-Infinity">0</td>' in page.read_text()
+
+
 def test_unknown_null_is_refused_before_reading(tmp_path):
     with pytest.raises(ValueError, match=r"write_report: null must be one of 'haar', .*'beta'"):
         write_report("no/such/model", tmp_path / "out", null="beta")
