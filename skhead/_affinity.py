@@ -204,12 +204,12 @@ class ClassAffinity(TransformerMixin, SkheadEstimator):
         self._training = replace(X, row_subspaces=None, column_subspaces=None)
         found = self._raw(X)
         self._warn_of_undefined(found, name)
-        mean = np.nanmean(np.where(np.isnan(found).all(axis=0), 0.0, found), axis=0)
-        self._undefined = mean
+        never = np.isnan(found).all(axis=0)
+        self._undefined = np.nanmean(np.where(never, 0.0, found), axis=0)
         columns_of = pd.MultiIndex.from_product(
             [self.classes_, self.pairs_], names=["class", "pair"]
         )
-        self.affinity_ = pd.DataFrame(self._affinities(X), X.row_labels, columns_of)
+        self.affinity_ = pd.DataFrame(self._filled(found), X.row_labels, columns_of)
         return targets
 
     def _raw(self, X: Similarity) -> NDArray[np.float64]:
@@ -219,7 +219,10 @@ class ClassAffinity(TransformerMixin, SkheadEstimator):
         return found.reshape(len(X), len(self.classes_) * len(self.pairs_))
 
     def _affinities(self, X: Similarity) -> NDArray[np.float64]:
-        found = self._raw(X)
+        return self._filled(self._raw(X))
+
+    def _filled(self, found: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Affinities with the mean of the training heads in place of those that are undefined."""
         return np.where(np.isnan(found), self._undefined, found)
 
     def _warn_of_undefined(self, found: NDArray[np.float64], name: str) -> None:
