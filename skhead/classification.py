@@ -169,7 +169,8 @@ class HeadClassifier(ClassifierMixin, SkheadEstimator):
             self.n_features_in_ = similarity.shape[1]
         else:
             self._affinity, self.affinity_ = None, None
-            table, y = validate_data(self, X, y, multi_output=True, y_numeric=False)
+            # The checked y is an array, without the classes that name the columns of a DataFrame.
+            table, _ = validate_data(self, X, y, multi_output=True)
             labels = [f"row {i}" for i in range(len(table))]
             targets = open_targets(y, len(table), self.none_label, self.rare, LEAST, labels, name)
         self._targets = targets

@@ -274,6 +274,13 @@ def test_multilabel(similarity, heads):
     assert (model.predict(similarity) == (found > 0.5)).all()
 
 
+def test_columns_of_an_indicator_name_the_classes_of_a_matrix_too():
+    rng = np.random.default_rng(0)
+    y = pd.DataFrame({"Reader": [1, 0] * 8, "Writer": [0, 0, 1, 1] * 4})
+    classifier = HeadClassifier().fit(rng.normal(size=(16, 4)), y)
+    assert classifier.classes_.tolist() == list(classifier.models_) == ["Reader", "Writer"]
+
+
 def test_two_classes_without_unclassed_heads(similarity, heads):
     y = np.where(heads["layer"] < 3, "early", "late")
     model = HeadClassifier().fit(similarity, y)
