@@ -23,10 +23,8 @@ from skhead.containers import Similarity, head_codes, similarity_in
 from skhead.exceptions import HeadShapeError, ProvenanceMismatchError
 from skhead.stats.affinity import AGGREGATES, affinity_weights, class_affinity
 
-__all__ = ["LEAST", "ClassAffinity"]
+__all__ = ["ClassAffinity"]
 
-#: Heads that a class needs, so that each has another to be compared with.
-LEAST = 2
 #: Share of undefined affinities beyond which there is a warning.
 _UNDEFINED_SHARE = 0.1
 
@@ -194,7 +192,7 @@ class ClassAffinity(TransformerMixin, SkheadEstimator):
                 f"{type(given).__name__}; put ProjectionKernel or a sibling in front"
             )
         rows, columns = _codes_of_training(X, name)
-        targets = open_targets(y, len(X), self.none_label, self.rare, LEAST, X.row_labels, name)
+        targets = open_targets(y, len(X), self.none_label, self.rare, X.row_labels, name)
         self.classes_ = targets.classes[targets.named]
         self.pairs_ = X.pairs
         row_of = {code: row for row, code in enumerate(rows)}

@@ -16,8 +16,10 @@ from sklearn.utils.multiclass import check_classification_targets, type_of_targe
 from skhead._base import check_option
 from skhead._callers import users_level
 
-__all__ = ["RARE", "Targets", "open_targets"]
+__all__ = ["LEAST", "RARE", "Targets", "open_targets"]
 
+#: Heads that a class needs, so that each has another to be compared with.
+LEAST = 2
 RARE = ("raise", "none")
 
 
@@ -47,7 +49,7 @@ class Targets:
 
 
 def open_targets(
-    y: Any, n_heads: int, none_label: Any, rare: str, least: int, labels: Sequence[str], caller: str
+    y: Any, n_heads: int, none_label: Any, rare: str, labels: Sequence[str], caller: str
 ) -> Targets:
     """Read class labels, and see to it that every class has enough heads.
 
@@ -58,8 +60,7 @@ def open_targets(
     none_label : object
         The label of heads without a class.
     rare : {"raise", "none"}
-        What becomes of a class of fewer than `least` heads.
-    least : int
+        What becomes of a class of a single head.
     labels : sequence of str
         Names of the heads, for errors.
     caller : str
@@ -93,16 +94,16 @@ def open_targets(
             f"missing. Give every head a class, {none_label!r} for one without"
         )
     if type_of_target(y, input_name="y") == "multilabel-indicator":
-        return _indicator(y, least, caller)
+        return _indicator(y, caller)
     flat = column_or_1d(y, warn=True)
     check_classification_targets(flat)
     classes, codes = np.unique(flat, return_inverse=True)
     members = codes[:, None] == np.arange(len(classes))
     none = next((c for c, name in enumerate(classes) if name == none_label), None)
-    small = [c for c in range(len(classes)) if c != none and members[:, c].sum() < least]
+    small = [c for c in range(len(classes)) if c != none and members[:, c].sum() < LEAST]
     if small:
         classes, members, none = _without(
-            small, classes, members, none, none_label, rare, labels, least, caller
+            small, classes, members, none, none_label, rare, labels, caller
         )
     if len(classes) < 2 or len(classes) == (none is not None):
         raise ValueError(
@@ -112,15 +113,15 @@ def open_targets(
     return Targets(classes, members, none, False)
 
 
-def _indicator(y: Any, least: int, caller: str) -> Targets:
+def _indicator(y: Any, caller: str) -> Targets:
     names = y.columns.to_numpy() if isinstance(y, pd.DataFrame) else np.arange(np.shape(y)[1])
     dense = y.toarray() if hasattr(y, "toarray") else np.asarray(y)
     members = dense.astype(bool)
     counts = members.sum(axis=0)
-    for c in np.flatnonzero(counts < least)[:1]:
+    for c in np.flatnonzero(counts < LEAST)[:1]:
         raise ValueError(
             f"{caller}: class {names.tolist()[c]!r} has {counts[c]} of the heads, and needs "
-            f"{least} at least; drop its column of y"
+            f"{LEAST} at least; drop its column of y"
         )
     return Targets(names, members, None, True)
 
@@ -133,7 +134,6 @@ def _without(
     none_label: Any,
     rare: str,
     labels: Sequence[str],
-    least: int,
     caller: str,
 ) -> tuple[NDArray[Any], NDArray[np.bool_], int | None]:
     """Classes without those that are too small, whose heads have no class from now on."""
@@ -144,11 +144,11 @@ def _without(
     if rare == "raise":
         raise ValueError(
             f"{caller}: class {names[first]!r} has one head ({holder}), which leaves nothing to "
-            f"compare it with; a class needs {least} heads at least. Merge it with another class, "
+            f"compare it with; a class needs {LEAST} heads at least. Merge it with another class, "
             f"label it {none_label!r}, or use rare='none' (concerns {listed})"
         )
     warnings.warn(
-        f"{caller}: {listed} have fewer than {least} heads each, which count as {none_label!r}",
+        f"{caller}: {listed} have fewer than {LEAST} heads each, which count as {none_label!r}",
         UserWarning,
         stacklevel=users_level(),
     )

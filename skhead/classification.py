@@ -16,9 +16,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from skhead._affinity import LEAST, ClassAffinity
+from skhead._affinity import ClassAffinity
 from skhead._base import check_option
-from skhead._classes import open_targets
+from skhead._classes import LEAST, open_targets
 from skhead._estimators import SkheadEstimator
 from skhead._progress import reports_fit
 from skhead._tags import HeadEstimatorTags, HeadTags, declare
@@ -172,7 +172,7 @@ class HeadClassifier(ClassifierMixin, SkheadEstimator):
             # The checked y is an array, without the classes that name the columns of a DataFrame.
             table, _ = validate_data(self, X, y, multi_output=True)
             labels = [f"row {i}" for i in range(len(table))]
-            targets = open_targets(y, len(table), self.none_label, self.rare, LEAST, labels, name)
+            targets = open_targets(y, len(table), self.none_label, self.rare, labels, name)
         self._targets = targets
         self.classes_ = targets.classes
         self._fit_models(table)
