@@ -12,6 +12,7 @@ from sklearn.metrics import confusion_matrix, precision_recall_curve
 
 from skhead.exceptions import HeadShapeError
 from skhead.metrics import class_average_precisions
+from skhead.metrics._precision import class_scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -112,12 +113,8 @@ class HeadClassDisplay:
         -------
         HeadClassDisplay
         """
-        names = list(estimator.classes_)
-        ranked = hasattr(estimator, "decision_function")
-        scores = np.asarray((estimator.decision_function if ranked else estimator.predict_proba)(X))
-        if scores.ndim == 1:
-            scores = np.column_stack([-scores, scores])
-        return cls.from_predictions(y, scores, names, estimator.predict(X), none_label, axes)
+        scores, predicted = class_scores(estimator, X), estimator.predict(X)
+        return cls.from_predictions(y, scores, estimator.classes_, predicted, none_label, axes)
 
     @classmethod
     def from_predictions(
@@ -153,11 +150,16 @@ class HeadClassDisplay:
         Raises
         ------
         HeadShapeError
-            If labels, scores and classes do not fit together.
+            If labels, scores and classes do not fit together, or a head may have several classes.
         ValueError
             If no head has a class, or a score is not finite.
         """
         truth, scores = np.asarray(y_true), np.asarray(y_score, dtype=np.float64)
+        if truth.ndim != 1:
+            raise HeadShapeError(
+                f"HeadClassDisplay: needs one class of every head, got labels of shape "
+                f"{truth.shape}; draw a multilabel indicator one column at a time"
+            )
         if scores.ndim != 2 or scores.shape != (len(truth), len(classes)):
             raise HeadShapeError(
                 f"HeadClassDisplay: {len(truth)} heads and {len(classes)} classes need scores of "

@@ -13,6 +13,7 @@ from sklearn.model_selection import check_cv
 from sklearn.utils import _safe_indexing
 
 from skhead.exceptions import HeadShapeError
+from skhead.metrics._precision import class_scores
 
 __all__ = ["cross_val_classes"]
 
@@ -115,7 +116,4 @@ def _fold(
     method: str,
 ) -> tuple[list[Any], NDArray[np.float64]]:
     fitted = estimator.fit(_safe_indexing(heads, train), _safe_indexing(y, train))
-    scores = np.asarray(getattr(fitted, method)(_safe_indexing(heads, test)), dtype=np.float64)
-    if scores.ndim == 1:
-        scores = np.column_stack([-scores, scores])
-    return fitted.classes_.tolist(), scores
+    return fitted.classes_.tolist(), class_scores(fitted, _safe_indexing(heads, test), method)

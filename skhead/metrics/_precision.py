@@ -103,6 +103,27 @@ def class_average_precisions(
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
+def class_scores(estimator: Any, X: Any, method: str | None = None) -> NDArray[np.float64]:
+    """Scores of heads for every class of a fitted classifier, also where it has two.
+
+    Parameters
+    ----------
+    estimator : classifier
+    X : object
+        Heads, as the estimator takes them.
+    method : {"decision_function", "predict_proba"}, optional
+        By default the first that the estimator has.
+
+    Returns
+    -------
+    ndarray of shape (n_heads, n_classes)
+    """
+    ranked = hasattr(estimator, "decision_function")
+    method = method or ("decision_function" if ranked else "predict_proba")
+    scores = np.asarray(getattr(estimator, method)(X), dtype=np.float64)
+    return np.column_stack([-scores, scores]) if scores.ndim == 1 else scores
+
+
 def class_labels(y: ArrayLike, caller: str) -> NDArray[Any]:
     """Labels of heads as an array, none of them missing.
 
@@ -235,13 +256,8 @@ class MacroAveragePrecision:
         -------
         float
         """
-        names = list(estimator.classes_)
-        ranked = hasattr(estimator, "decision_function")
-        scores = (estimator.decision_function if ranked else estimator.predict_proba)(X)
-        scores = np.asarray(scores, dtype=np.float64)
-        if scores.ndim == 1:
-            scores = np.column_stack([-scores, scores])
-        found = class_average_precisions(y, scores, names, self.none_label)
+        scores = class_scores(estimator, X)
+        found = class_average_precisions(y, scores, list(estimator.classes_), self.none_label)
         if self.classes is not None:
             found = found.loc[[name for name in self.classes if name in found.index]]
             if found.empty:

@@ -76,3 +76,7 @@ def test_draws_on_given_axes_and_checks(problem):
         HeadClassDisplay.from_predictions(y, scores[:, :2], CLASSES)
     with pytest.raises(HeadShapeError, match=r"as many predictions, got shape \(29,\)"):
         HeadClassDisplay.from_predictions(y, scores, CLASSES, y[1:])
+    with pytest.raises(
+        HeadShapeError, match=r"one class of every head, got labels of shape \(2, 2"
+    ):
+        HeadClassDisplay.from_predictions(np.eye(2), np.eye(2), ["a", "b"], np.eye(2))
