@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skhead.exceptions import HeadShapeError
-from skhead.inspection._fitted import similarity_of
+from skhead.inspection._fitted import checked_pair, similarity_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -173,16 +173,7 @@ class NullDisplay:
                 f"NullDisplay: the similarity (unit {similarity.unit!r}) is not calibrated; pass "
                 "NullCalibrator().fit_transform(similarity)"
             )
-        if pair is None and len(similarity.pairs) > 1:
-            raise HeadShapeError(
-                f"NullDisplay: the similarity holds {' '.join(similarity.pairs)}; say which one to "
-                f"draw, for example pair={similarity.pairs[0]!r}"
-            )
-        pair = similarity.pairs[0] if pair is None else pair
-        if pair not in similarity.pairs:
-            raise HeadShapeError(
-                f"NullDisplay: the similarity holds {' '.join(similarity.pairs)}, not {pair!r}"
-            )
+        pair = checked_pair(similarity, pair, cls.__name__)
         p = similarity.pairs.index(pair)
         parts = {
             name: getattr(calibration, name)[:, :, p] for name in ("z", "log10_p", "ratio", "q")

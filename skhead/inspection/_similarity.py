@@ -9,8 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from skhead.exceptions import HeadShapeError
-from skhead.inspection._fitted import similarity_of
+from skhead.inspection._fitted import checked_pair, similarity_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -143,17 +142,7 @@ class SimilarityDisplay:
         HeadShapeError
             If the similarity lacks the pair kind, or has several and none is named.
         """
-        if pair is None and len(similarity.pairs) > 1:
-            raise HeadShapeError(
-                f"SimilarityDisplay: the similarity holds {' '.join(similarity.pairs)}; say which "
-                f"one to draw, for example pair={similarity.pairs[0]!r}"
-            )
-        pair = similarity.pairs[0] if pair is None else pair
-        if pair not in similarity.pairs:
-            raise HeadShapeError(
-                f"SimilarityDisplay: the similarity holds {' '.join(similarity.pairs)}, not "
-                f"{pair!r}"
-            )
+        pair = checked_pair(similarity, pair, cls.__name__)
         values = similarity.values[:, :, similarity.pairs.index(pair)]
         display = cls(values, similarity.rows, similarity.columns, pair=pair, unit=similarity.unit)
         return display.plot(ax=ax, im_kw=im_kw)
@@ -186,9 +175,10 @@ class SimilarityDisplay:
         for axis, heads in ((ax.yaxis, self.rows), (ax.xaxis, self.columns)):
             positions, names = _layer_ticks(heads)
             axis.set_ticks(positions, names)
+        middle = len(self.pair) // 2
         ax.set(
-            xlabel=f"{self.pair[1]} of head, by layer",
-            ylabel=f"{self.pair[0]} of head, by layer",
+            xlabel=f"{self.pair[middle:]} of head, by layer",
+            ylabel=f"{self.pair[:middle]} of head, by layer",
             title=self.pair,
         )
         return self

@@ -64,6 +64,13 @@ def test_matrix_wants_one_pair_kind(similarity):
         SimilarityDisplay.from_similarity(similarity, pair="VV")
 
 
+def test_axes_are_named_by_what_is_compared():
+    heads = skhead.load_heads("skhead/induction-2l")
+    spectra = skhead.SpectrumSimilarity(["QKQK"]).fit_transform(heads)
+    ax = SimilarityDisplay.from_similarity(spectra).ax_
+    assert (ax.get_ylabel(), ax.get_xlabel()) == ("QK of head, by layer", "QK of head, by layer")
+
+
 def test_many_layers_get_few_ticks():
     heads = skhead.load_heads("skhead/induction-2l").iloc[np.zeros(60, dtype=int)].copy()
     heads["layer"] = np.arange(60)
