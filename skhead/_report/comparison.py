@@ -49,7 +49,7 @@ class Comparison:
         With a common basis, by pair kind: ``spearman``, ``top``, ``shared_top``, and calls of the
         null law ``called_a, called_b, called_both``.
     edges : DataFrame
-        With a common basis, pairs that the null law calls in one of the two and not in the other,
+        With a common basis, pairs that the null law judges in both and calls in one of them only,
         by falling change of z.
     overlaps : DataFrame
         By pair kind and side: distribution of the ratio to random, and pairs called.
@@ -291,12 +291,21 @@ def _called(side: Analysis, p: int) -> NDArray[np.bool_]:
     return (calibration.q[:, :, p] <= FDR) & (calibration.z[:, :, p] > 0)
 
 
+def _judged(side: Analysis, p: int) -> NDArray[np.bool_]:
+    """Pairs of which the null law says anything."""
+    calibration = side.kernel.calibration
+    if calibration is None:
+        return np.zeros(side.kernel.values.shape[:2], dtype=bool)
+    return ~np.isnan(calibration.q[:, :, p])
+
+
 def _changed_edges(first: Analysis, second: Analysis) -> pd.DataFrame:
     writers, readers = head_labels(first.kernel.rows), head_labels(first.kernel.columns)
     parts = []
     for p, pair in enumerate(first.kernel.pairs):
         called = [_called(side, p) for side in (first, second)]
-        rows, columns = np.nonzero((called[0] ^ called[1]) & ~np.isnan(first.kernel.listed(pair)))
+        asked = _judged(first, p) & _judged(second, p) & ~np.isnan(first.kernel.listed(pair))
+        rows, columns = np.nonzero((called[0] ^ called[1]) & asked)
         table: dict[str, Any] = {
             "pair": pair,
             "source": [writers[i] for i in rows],
@@ -327,9 +336,7 @@ def _overlaps(first: Analysis, second: Analysis) -> pd.DataFrame:
             ]
             quantiles = np.quantile(ratio, (0.05, 0.5, 0.95, 0.99)).tolist()
             called = _called(analysis, p) & ~np.isnan(listed)
-            known = (
-                kernel.calibration is not None and not np.isnan(kernel.calibration.q[:, :, p]).all()
-            )
+            known = _judged(analysis, p).any()
             rows.append(
                 dict(zip(("q05", "median", "q95", "q99"), quantiles, strict=True))
                 | {

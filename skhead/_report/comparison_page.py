@@ -156,12 +156,13 @@ def _moved(found: Comparison) -> list[str]:
             f"The overlaps of pairs rank alike with a correlation of {number(known.min(), 3)} "
             f"({known.idxmin()}) or more."
         )
-    change = found.edges["change"]
-    told.append(
-        f"Of the pairs called by the null law, {int(found.pairs['called_both'].sum()):,} are so in "
-        f"both, {(change == 'vanishes').sum():,} in A only, {(change == 'appears').sum():,} in B "
-        "only."
-    )
+    if _judges_both(found):
+        change = found.edges["change"]
+        told.append(
+            f"Of the pairs called by the null law, {int(found.pairs['called_both'].sum()):,} are "
+            f"so in both, {(change == 'vanishes').sum():,} in A only, "
+            f"{(change == 'appears').sum():,} in B only."
+        )
     return told
 
 
@@ -232,6 +233,11 @@ def _pairs(found: Comparison) -> str:
     return f"<p>{words}</p>{_scroll('Agreement by pair kind', body)}{_refused(found)}"
 
 
+def _judges_both(found: Comparison) -> bool:
+    null = found.sides[0].options.null
+    return all(side.verdicts[null].refusal is None for side in found.sides)
+
+
 def _refused(found: Comparison) -> str:
     """Why a null law calls nothing on a side."""
     null = found.sides[0].options.null
@@ -248,6 +254,8 @@ def _refused(found: Comparison) -> str:
 
 def _edges(found: Comparison) -> str:
     edges = found.edges.head(_MOST_EDGES)
+    if not _judges_both(found):
+        return f"<p>It takes a null law that judges both.</p>{_refused(found)}"
     if edges.empty:
         return "<p>The null law calls the same pairs in A and B.</p>"
     heads = [("Kind", False), ("Change", False), ("Writes", False), ("Reads", False)]

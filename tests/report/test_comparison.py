@@ -99,6 +99,30 @@ def test_pairs_agree_as_the_kernels_rank(centred):
     assert len(rows) == len(edges)
 
 
+def test_nothing_appears_where_only_one_side_is_judged(tmp_path):
+    """Heads as wide as the stream overlap by their ranks alone; those of lower rank do not."""
+    rng = np.random.default_rng(0)
+    half = np.diag([1.0, 1, 1, 1, 0, 0, 0, 0])
+    for name, kept in (("wide", np.eye(8)), ("narrow", half)):
+        tensors = {
+            f"blocks.{layer}.attn.W_{role}": kept @ rng.normal(size=(3, 8, 8)) @ kept
+            for layer in range(2)
+            for role in "QKVO"
+        }
+        tensors = {key: tensor.astype(np.float32) for key, tensor in tensors.items()}
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    paths = [tmp_path / f"{name}.safetensors" for name in ("wide", "narrow")]
+    page = write_comparison(*paths, tmp_path / "out", bases="shared", null="haar")
+    told = summary_of(page)
+    assert told["head_by_head"]
+    assert sum(row["called_a"] for row in told["pairs"].values()) == 0
+    assert sum(row["called_b"] for row in told["pairs"].values()) > 0
+    assert told["edges"] == {}
+    words = words_of(page)
+    assert "It takes a null law that judges both. The null law calls no pair of A" in words
+    assert "in B only" not in words
+
+
 @pytest.mark.slow
 def test_folding_leaves_what_is_written_alone(gpt2_path, tmp_path):
     page = write_comparison(gpt2_path, None, tmp_path, fold_norm_b=True)
