@@ -7,7 +7,6 @@ from html import escape
 from typing import Any
 
 from skhead._report.chance import FDR
-from skhead._report.charts import number
 from skhead._report.data import Analysis, Cards
 from skhead._report.glossary import (
     COMPOSITION,
@@ -20,6 +19,7 @@ from skhead._report.glossary import (
 from skhead._report.operations import LARGEST_Q, LEAST_LIFT
 from skhead._report.partners import Link, Links, find_links, strongest_partners
 from skhead._report.roles import head_link, missing_words, plain
+from skhead._report.text import because, number, rate
 from skhead._report.words import READS
 
 __all__ = ["head_cards"]
@@ -167,8 +167,8 @@ class _Writer:
             items.append(f'<li>{words} <span class="note">{escape(told)}</span></li>')
         items += [
             f'<li>{escape(said.words)} <span class="note">score {_figure(said.score)}, lift '
-            f"{_figure(said.lift)} (at least {LEAST_LIFT}), q {_rate(said.q)} (at most {LARGEST_Q})"
-            "</span></li>"
+            f"{_figure(said.lift)} (at least {LEAST_LIFT}), q {escape(rate(said.q))} "
+            f"(at most {LARGEST_Q})</span></li>"
             for said in self.operations.get(label, [])
         ]
         if not items:
@@ -218,8 +218,9 @@ class _Writer:
         if row["rank_O"] >= self.analysis.info.d_model:
             why = "it writes to the whole residual stream"
         if why is not None:
-            why = escape(why.replace(f"{self.analysis.info.source}/", ""))
-            return f'<p class="lacking">Tokens nearest to what it writes are not told: {why}.</p>'
+            what = "Tokens nearest to what it writes are not told"
+            told = because(what, why, self.analysis.info.source)
+            return f'<p class="lacking">{escape(told)}</p>'
         items = ", ".join(
             f"<code>{escape(text) if text is not None else token}</code> {number(score, 2)}"
             for token, text, score in nearest.lists[label]
@@ -281,13 +282,6 @@ def _table(name: str, title: str, columns: Sequence[str], rows: Sequence[str]) -
         f'<div><h4>{title}</h4><table id="{name}"><thead><tr><td></td>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
-
-
-def _rate(value: float) -> str:
-    """A false discovery rate, however small; one that underflows is told as a bound."""
-    if value == 0:
-        return "< 1e−300".replace("<", "&lt;")
-    return f"{value:.0e}".replace("e-", "e−") if value < 1e-4 else f"{value:.4f}"
 
 
 def _figure(value: float) -> str:

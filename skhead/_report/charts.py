@@ -13,9 +13,10 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from skhead._report.raster import Scale, colour_bar, pack_values, picture, shrink
+from skhead._report.text import number
 from skhead.weights import head_labels
 
-__all__ = ["Histogram", "heat_map", "layer_map", "legend_bar", "limits_of", "number"]
+__all__ = ["Histogram", "heat_map", "layer_map", "legend_bar", "limits_of"]
 
 _WIDTH, _HEIGHT = 360, 200
 _LEFT, _RIGHT, _TOP, _BOTTOM = 8, 8, 24, 30
@@ -28,17 +29,6 @@ _LARGEST_PICTURE = 400
 #: Cells from this width on carry the head's label instead of the layer's.
 _LABEL_WIDTH = 30
 _LARGEST_PACKED = 200
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    """A number with some significant digits and a real minus sign, or a dash for None."""
-    if value is None or not np.isfinite(value):
-        return "–"
-    if value == 0:
-        return "0"
-    decimals = max(0, digits - 1 - int(np.floor(np.log10(abs(value)))))
-    text = f"{value:,.{min(decimals, 8)}f}"
-    return text.replace("-", "−")
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any
 
 import pandas as pd
 
-from skhead._report.charts import number
 from skhead._report.classes import Guess
 from skhead._report.data import Analysis
 from skhead._report.roles import head_link
+from skhead._report.text import because, number
 
 __all__ = ["LEAST", "class_numbers", "classes", "probability"]
 
@@ -39,8 +39,8 @@ def classes(analysis: Analysis) -> str:
     for name, guess in analysis.guesses.items():
         parts.append(f"<h3>{_TITLES[name]}</h3><p>{escape(_account(name, guess, analysis))}</p>")
         if guess.probabilities is None:
-            why = str(guess.refusal).replace(f"{analysis.info.source}/", "").rstrip(".")
-            parts.append(f'<p class="lacking">Not told here: {escape(why)}.</p>')
+            why = because("Not told here", str(guess.refusal), analysis.info.source)
+            parts.append(f'<p class="lacking">{escape(why)}</p>')
         else:
             parts.append(_table(name, guess, guess.probabilities, analysis))
     return f"<p>{words}</p>{''.join(parts)}"

@@ -8,7 +8,7 @@ from html import escape
 import numpy as np
 
 from skhead._report.chance import FDR
-from skhead._report.charts import Histogram, layer_map, legend_bar, limits_of, number
+from skhead._report.charts import Histogram, layer_map, legend_bar, limits_of
 from skhead._report.class_section import probability
 from skhead._report.classes import likeliest
 from skhead._report.comparison import Comparison, title_of
@@ -17,6 +17,7 @@ from skhead._report.glossary import figures
 from skhead._report.page import Download, assemble, download_list
 from skhead._report.raster import Scale
 from skhead._report.tables import filtered, kind_cell, number_cell, rate_cell, table, text_cell
+from skhead._report.text import because, number
 
 __all__ = ["render_comparison"]
 
@@ -245,10 +246,8 @@ def _refused(found: Comparison) -> str:
     for side, analysis in zip("AB", found.sides, strict=True):
         why = analysis.verdicts[null].refusal
         if why is not None:
-            told.append(
-                f'<p class="lacking">The null law calls no pair of {side}: '
-                f"{escape(why.rstrip('.'))}.</p>"
-            )
+            words = because(f"The null law calls no pair of {side}", why)
+            told.append(f'<p class="lacking">{escape(words)}</p>')
     return "".join(told)
 
 
@@ -402,8 +401,8 @@ def _classes(found: Comparison) -> str:
         labels = None if analysis.classes is None else analysis.classes.values
         names: dict[str, list[str]] = {}
         if guess.probabilities is None:
-            why = str(guess.refusal).replace(f"{analysis.info.source}/", "").rstrip(".")
-            lacking.append(f'<p class="lacking">Not told of {side}: {escape(why)}.</p>')
+            why = because(f"Not told of {side}", str(guess.refusal), analysis.info.source)
+            lacking.append(f'<p class="lacking">{escape(why)}</p>')
         else:
             best = likeliest(guess)
             sure = best[best["probability"] >= 0.5]

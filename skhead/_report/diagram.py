@@ -9,9 +9,9 @@ from html import escape
 from typing import Any
 
 from skhead._report.chance import FDR, STANDS_OUT
-from skhead._report.charts import number
 from skhead._report.data import Analysis
 from skhead._report.layout import BOX_HEIGHT, Layout, Node, lay_out
+from skhead._report.text import number
 
 __all__ = ["CLASS_COLOURS", "class_colours", "wiring_diagram"]
 

@@ -15,11 +15,11 @@ from skhead._report.charts import (
     layer_map,
     legend_bar,
     limits_of,
-    number,
 )
 from skhead._report.data import Analysis, scores_of
 from skhead._report.raster import Scale, spread
 from skhead._report.tables import composition_tables
+from skhead._report.text import number
 from skhead._report.words import READS, composition_words
 from skhead.containers import Similarity
 

@@ -7,6 +7,7 @@ from html import escape
 from skhead._report.data import Analysis
 from skhead._report.induction import InductionPairs
 from skhead._report.tables import head_cell, number_cell, table, text_cell
+from skhead._report.text import because
 
 __all__ = ["induction"]
 
@@ -40,8 +41,8 @@ def induction(found: InductionPairs, analysis: Analysis) -> str:
         "MLPs between the heads are left out."
     )
     if found.refusal is not None:
-        why = escape(found.refusal.replace(f"{analysis.info.source}/", "").rstrip("."))
-        return f'<p>{words}</p><p class="lacking">Cannot be told here: {why}.</p>'
+        why = because("Cannot be told here", found.refusal, analysis.info.source)
+        return f'<p>{words}</p><p class="lacking">{escape(why)}</p>'
     if found.table.empty:
         return f"<p>{words}</p><p>In no pair are all three parts positive.</p>"
     called = len(found.called)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from typing import Any
 
@@ -18,6 +17,7 @@ from skhead._report.comparison import Comparison, title_of
 from skhead._report.data import Analysis, Cards, expected_of, scores_of
 from skhead._report.induction import induction_numbers
 from skhead._report.operations import operation_numbers
+from skhead._report.text import json_value
 from skhead.calibration import informativeness
 from skhead.containers import Similarity, reference_law
 
@@ -116,7 +116,7 @@ def _indexed(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [
-        {str(name): _plain(value) for name, value in row.items()}
+        {str(name): json_value(value) for name, value in row.items()}
         for row in table.to_dict("records")
     ]
 
@@ -147,9 +147,9 @@ def kernel_numbers(similarity: Similarity, k: int) -> dict[str, dict[str, Any]]:
         constant = bool((sd <= CONSTANT * mean).all())
         off = scores - mean
         numbers |= {
-            "cutoff": _plain(best.loc[best["pair"] == pair, "score"].min()),
-            "null_mean": _plain(null_mean),
-            "null_sd": _plain(null_sd),
+            "cutoff": json_value(best.loc[best["pair"] == pair, "score"].min()),
+            "null_mean": json_value(null_mean),
+            "null_sd": json_value(null_sd),
             "constant": constant,
             "above": 0 if constant else int((off > 3 * sd).sum()),
             "below": 0 if constant else int((off < -3 * sd).sum()),
@@ -181,7 +181,7 @@ def _divergences(similarity: Similarity) -> dict[str, float | None]:
     )
     if not one_rank or not (similarity.null_sd > CONSTANT * similarity.null_mean).all():
         return {}
-    return {str(pair): _plain(value) for pair, value in informativeness(similarity).items()}
+    return {str(pair): json_value(value) for pair, value in informativeness(similarity).items()}
 
 
 def _nulls(analysis: Analysis) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def _nulls(analysis: Analysis) -> dict[str, Any]:
             name: {
                 "refused": verdict.refusal,
                 "calls": {
-                    pair: {key: _plain(value) for key, value in asdict(calls).items()}
+                    pair: {key: json_value(value) for key, value in asdict(calls).items()}
                     for pair, calls in verdict.calls.items()
                 },
             }
@@ -223,7 +223,7 @@ def _composition(analysis: Analysis, composition: Similarity) -> dict[str, dict[
             "shared_top": len(edges["pk"] & edges["composition"]),
             "top": len(edges["composition"]),
             "top_pairs": [
-                {name: _plain(edge[name]) for name in ("rank", "source", "target", "score")}
+                {name: json_value(edge[name]) for name in ("rank", "source", "target", "score")}
                 for edge in top.to_dict("records")
             ],
         }
@@ -311,14 +311,6 @@ def _cards(cards: Cards) -> dict[str, Any]:
 def _labelled(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows of a table of heads, each with its label."""
     return [
-        {"label": str(label)} | {str(name): _plain(value) for name, value in row.items()}
+        {"label": str(label)} | {str(name): json_value(value) for name, value in row.items()}
         for label, row in zip(table.index, table.to_dict("records"), strict=True)
     ]
-
-
-def _plain(value: Any) -> Any:
-    """A value that JSON knows; None for what is undefined or infinite."""
-    value = value.item() if isinstance(value, np.generic) else value
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 import pandas as pd
 from sklearn.base import clone
 
+from skhead._report.text import json_value, listed
 from skhead.datasets import copying_operation, list_operations, load_operations
 from skhead.exceptions import SourceNotFoundError, UnsupportedLayoutError
 from skhead.operations import OperationMapper
@@ -342,7 +342,7 @@ def operation_numbers(found: HeadOperations) -> dict[str, Any]:
         "least_lift": LEAST_LIFT,
         "remarks": list(found.remarks),
         "counts": {
-            str(name): {str(key): _plain(value) for key, value in row.items()}
+            str(name): {str(key): json_value(value) for key, value in row.items()}
             for name, row in counts.to_dict("index").items()
         },
         "operations": {
@@ -363,7 +363,7 @@ def _one_sign(found: HeadOperations, column: str) -> dict[str, Any]:
         "largest_null": float(null.max()),
         "top": [
             {"head": str(head)}
-            | {kind: _plain(table.at[head, column]) for kind, table in found.tables.items()}
+            | {kind: json_value(table.at[head, column]) for kind, table in found.tables.items()}
             for head in best
         ],
     }
@@ -379,7 +379,7 @@ def operation_words(found: HeadOperations) -> str:
             if (heads := found.called(sign + name))
         ]
         if told:
-            sentences.append(f"Heads {verb} {_listed(told)}.")
+            sentences.append(f"Heads {verb} {listed(told)}.")
     if not sentences:
         sentences = ["No head carries out or suppresses any of them."]
     count = len(found.names)
@@ -388,13 +388,3 @@ def operation_words(found: HeadOperations) -> str:
         f"of {LEAST_LIFT} or more and a false discovery rate of {LARGEST_Q:.0%}: "
         f"{' '.join(sentences)}"
     )
-
-
-def _listed(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-
-
-def _plain(value: Any) -> Any:
-    """A value that JSON knows; None for what is undefined or infinite."""
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from skhead._report.tables import kind_cell, number_cell, table, text_cell
+from skhead._report.text import because
 
 __all__ = ["chance"]
 
@@ -79,7 +80,7 @@ def chance(numbers: Mapping[str, Any]) -> str:
     )
     refusals = [law["refused"] for law in nulls["laws"].values()]
     if None not in refusals and len(set(refusals)) == 1:
-        counted = f"<p>No null law can judge these heads: {_sentence(refusals[0])}</p>"
+        counted = f"<p>{escape(because('No null law can judge these heads', refusals[0]))}</p>"
         refusals = [None] * len(refusals)
     else:
         counted = _counts(nulls, kinds)
@@ -91,15 +92,11 @@ def _question(name: str, refusal: str | None) -> str:
     question, use = QUESTIONS[name]
     refused = ""
     if refusal is not None:
-        refused = f'<p class="refused">Not computed here: {_sentence(refusal)}</p>'
+        refused = f'<p class="refused">{escape(because("Not computed here", refusal))}</p>'
     return (
         f"<div><dt>{name}</dt><dd><strong>{escape(question)}</strong>"
         f"<p>{escape(use)}</p>{refused}</dd></div>"
     )
-
-
-def _sentence(reason: str) -> str:
-    return f"{escape(reason.rstrip('.'))}."
 
 
 def _counts(nulls: Mapping[str, Any], kinds: list[str]) -> str:

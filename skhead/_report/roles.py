@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 
 from skhead._report.data import Analysis, Cards
 from skhead._report.glossary import WORDS
+from skhead._report.text import because, listed
 from skhead._report.verdicts import Rule
 
 __all__ = ["head_link", "missing_words", "plain", "roles", "roles_words"]
@@ -43,7 +44,7 @@ def missing_words(cards: Cards, source: str) -> list[str]:
         if name in cards.scores.missing:
             topics.setdefault(cards.scores.missing[name], []).append(words)
     return [
-        f"Cannot be told here: {_listed(words)}; {reason.replace(f'{source}/', '')}."
+        because("Cannot be told here", f"{listed(words)}; {reason}", source)
         for reason, words in topics.items()
     ]
 
@@ -97,7 +98,7 @@ def roles_words(cards: Cards) -> str:
     ]
     if not told:
         return ""
-    return f"Head by head, with the number of heads that reach the thresholds: {_listed(told)}."
+    return f"Head by head, with the number of heads that reach the thresholds: {listed(told)}."
 
 
 def _called(cards: Cards) -> dict[str, list[str]]:
@@ -106,7 +107,3 @@ def _called(cards: Cards) -> dict[str, list[str]]:
         rule.key: [label for label, held in cards.verdicts.items() if rule in held]
         for rule in cards.rules
     }
-
-
-def _listed(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

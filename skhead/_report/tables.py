@@ -10,6 +10,7 @@ from typing import Any
 from skhead._report.chance import STANDS_OUT
 from skhead._report.data import Analysis
 from skhead._report.roles import head_link
+from skhead._report.text import because, rate
 
 __all__ = [
     "composition_tables",
@@ -133,7 +134,7 @@ def furthest_table(analysis: Analysis) -> str:
     )
     if verdict.furthest.empty:
         why = verdict.refusal or "no pair lies above its expectation"
-        return f'<p>{words}</p><p class="lacking">Not told here: {escape(why.rstrip("."))}.</p>'
+        return f'<p>{words}</p><p class="lacking">{escape(because("Not told here", why))}</p>'
     heads = [("Kind", False), ("Rank", True), ("Writes", False), ("Reads", False), ("PK", True)]
     heads += [("Ratio", True), ("z", True), ("p", True), ("q", True)]
     fit = _decimals(verdict.furthest["score"])
@@ -249,13 +250,10 @@ def _decimals(values: Iterable[float]) -> int:
 
 
 def rate_cell(value: float) -> str:
-    """A cell with a false discovery rate, however small; one that underflows is told as a bound."""
-    if value == 0:
-        return '<td class="n" data-v="0">&lt; 1e−300</td>'
-    if value < 1e-4:
-        shown = f"{value:.0e}".replace("e-", "e−")
-        return f'<td class="n" data-v="{value!r}">{shown}</td>'
-    return number_cell(value, 4)
+    """A cell with a false discovery rate."""
+    if value != value:
+        return number_cell(None, 0)
+    return f'<td class="n" data-v="{value!r}">{escape(rate(value))}</td>'
 
 
 def log_cell(value: float) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from skhead._report.charts import number
+from skhead._report.text import number
 
 __all__ = ["Condition", "Rule", "called", "rules_for"]
 

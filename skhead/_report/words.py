@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from skhead._report.charts import number
 from skhead._report.data import Analysis
 from skhead._report.operations import operation_words
 from skhead._report.roles import roles_words
+from skhead._report.text import listed, number
 
 __all__ = ["READS", "composition_words", "notes", "summary_words"]
 
@@ -45,7 +45,7 @@ def _against_random(kernel: Numbers) -> str:
     constant = [pair for pair, found in kernel.items() if found["constant"]]
     sentences = []
     if constant:
-        what = "Every pair kind" if len(constant) == len(kernel) else _listed(constant)
+        what = "Every pair kind" if len(constant) == len(kernel) else listed(constant)
         sentences.append(
             f"{what} has one value for all pairs, {number(kernel[constant[0]]['mean'])}: the heads "
             "span so much of the residual stream that the overlap follows from their ranks. No "
@@ -63,7 +63,7 @@ def _against_random(kernel: Numbers) -> str:
         random = chance.pop() if len(chance) == 1 else "the amount given in brackets"
         sentences.append(
             f"Random subspaces of these ranks overlap by {random} on average. Here the mean is "
-            f"{_listed(means)}."
+            f"{listed(means)}."
         )
     for pair, found in kernel.items():
         if not found["constant"] and found["above"] == 0:
@@ -82,7 +82,7 @@ def _outstanding(nulls: Numbers) -> str:
     told = [f"{found['more']:,} of {found['pairs']:,} for {pair}" for pair, found in calls.items()]
     return (
         f"Measured by how this model's own pairs scatter (null empirical, {100 * nulls['fdr']:g}% "
-        f"false discovery rate), the pairs that stand out with more overlap are {_listed(told)}."
+        f"false discovery rate), the pairs that stand out with more overlap are {listed(told)}."
     )
 
 
@@ -99,7 +99,7 @@ def _strongest(analysis: Analysis, numbers: Numbers) -> str:
         for edge in sorted(best, key=lambda edge: -edge["ratio"])
     ]
     verb = "overlaps are" if len(told) > 1 else "overlap is"
-    return f"The largest {verb} {_listed(told)}. "
+    return f"The largest {verb} {listed(told)}. "
 
 
 def _named(analysis: Analysis, label: str) -> str:
@@ -149,14 +149,14 @@ def _composition(composition: Numbers) -> str:
             if pair not in below
         ]
         sentences.append(
-            f"The largest composition score is {_listed(largest)}, against {number(chance, 3)} for "
+            f"The largest composition score is {listed(largest)}, against {number(chance, 3)} for "
             "random maps."
         )
     if below:
         values = [f"{pair} at most {number(found['max'], 2)}" for pair, found in below.items()]
         sentences.append(
-            f"No pair composes above the random {number(chance, 3)} in {_listed(list(below))} "
-            f"({_listed(values)}). Composition below chance does not rule out a circuit: the score "
+            f"No pair composes above the random {number(chance, 3)} in {listed(list(below))} "
+            f"({listed(values)}). Composition below chance does not rule out a circuit: the score "
             "weighs directions by gain, and a head may work through directions of small gain."
         )
     shared = [
@@ -167,7 +167,7 @@ def _composition(composition: Numbers) -> str:
     if shared:
         sentences.append(
             "The strongest pairs by composition are also among the strongest by overlap in "
-            f"{_listed(shared)}."
+            f"{listed(shared)}."
         )
     return " ".join(sentences)
 
@@ -256,11 +256,7 @@ def notes(analysis: Analysis, numbers: Numbers) -> list[str]:
     if uneven:
         found.append(
             "The numerical rank differs between heads in "
-            f"{_listed([f'W_{role}' for role in uneven])}; the random reference drawn is the "
+            f"{listed([f'W_{role}' for role in uneven])}; the random reference drawn is the "
             "mixture over all pairs, and every ratio uses its own pair's ranks."
         )
     return found
-
-
-def _listed(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

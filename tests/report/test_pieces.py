@@ -10,12 +10,13 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import skhead
-from skhead._report.charts import limits_of, number
+from skhead._report.charts import limits_of
 from skhead._report.data import Options, analyse
 from skhead._report.diagram import CLASS_COLOURS, class_colours
 from skhead._report.labels import find_classes
 from skhead._report.layout import BOX_HEIGHT, lay_out
 from skhead._report.raster import Scale, pack_values, picture, shrink, spread
+from skhead._report.text import number
 from skhead.exceptions import HeadTableError
 from skhead.weights import describe_sources
 
