@@ -193,33 +193,16 @@ def analyse(
     kept, scope = _compared(subspaces, info)
     subspaces = subspaces[kept]
     heads = everything.iloc[kept]
-    rows, columns = _sides(heads, scope)
     classes = find_classes(options.labels, heads, info)
     operations = None
     if mapper is not None:
         stage("scoring the operations on tokens")
         operations = score_operations(heads, *mapper)
-    pairs = ("OQ", "OK", "OV") if info.part != "cross" else ("OQ",)
-    shared: dict[str, Any] = {
-        "pairs": pairs,
-        "layer_order": "all" if scope == "all" else "forward",
-        "max_memory": options.max_memory,
-    }
-    stage(f"comparing {len(rows)} writing with {len(columns)} reading heads: projection kernel")
-    kernel = _fit_apply(ProjectionKernel(**shared, device=options.device), subspaces, rows, columns)
-    places = _edge_places(kernel, options.k)
-    verdicts, calibration = hold_against_nulls(
-        kernel, subspaces, options.null, places, options.k, stage
+    kernel, composition, verdicts, edges = _pairs(
+        heads, subspaces, scope, info, options, processing, stage
     )
-    kernel = replace(kernel, calibration=calibration)
-    composition = None
-    if options.composition:
-        stage("comparing them again: composition scores")
-        estimator = CompositionScore(**shared, **processing)
-        composition = _fit_apply(estimator, heads, rows, columns)
     scores, own = _scores(heads, info, options, processing, stage)
     table = _head_table(heads, kernel, subspaces, own, classes, options.k)
-    edges = _edge_table(kernel, composition, verdicts[STANDS_OUT], places, options)
     guesses = _guesses(scores, subspaces, classes, info.source, processing, stage)
     for name, guess in guesses.items():
         if guess.probabilities is not None:
@@ -235,6 +218,38 @@ def analyse(
         info, options, len(everything), heads, scope, classes, subspaces, kernel, composition,
         verdicts, table, edges, cards, operations, guesses, induction,
     )  # fmt: skip
+
+
+def _pairs(
+    heads: pd.DataFrame,
+    subspaces: Subspaces,
+    scope: str,
+    info: SourceInfo,
+    options: Options,
+    processing: dict[str, Any],
+    stage: Callable[[str], None],
+) -> tuple[Similarity, Similarity | None, dict[str, Verdict], pd.DataFrame]:
+    """Overlaps and composition of pairs, what null laws say of them, and the strongest pairs."""
+    rows, columns = _sides(heads, scope)
+    shared: dict[str, Any] = {
+        "pairs": ("OQ", "OK", "OV") if info.part != "cross" else ("OQ",),
+        "layer_order": "all" if scope == "all" else "forward",
+        "max_memory": options.max_memory,
+    }
+    stage(f"comparing {len(rows)} writing with {len(columns)} reading heads: projection kernel")
+    kernel = _fit_apply(ProjectionKernel(**shared, device=options.device), subspaces, rows, columns)
+    places = _edge_places(kernel, options.k)
+    verdicts, calibration = hold_against_nulls(
+        kernel, subspaces, options.null, places, options.k, stage
+    )
+    kernel = replace(kernel, calibration=calibration)
+    composition = None
+    if options.composition:
+        stage("comparing them again: composition scores")
+        estimator = CompositionScore(**shared, **processing)
+        composition = _fit_apply(estimator, heads, rows, columns)
+    edges = _edge_table(kernel, composition, verdicts[STANDS_OUT], places, options)
+    return kernel, composition, verdicts, edges
 
 
 def _scores(

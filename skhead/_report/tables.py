@@ -61,47 +61,64 @@ def hub_table(analysis: Analysis, numbers: Mapping[str, Any]) -> str:
 
 def edge_table(analysis: Analysis) -> str:
     """The pairs drawn in the diagram, with a filter box."""
-    edges, composition = analysis.edges, analysis.composition
-    named = analysis.table["class"] if analysis.classes is not None else None
+    null, judged = analysis.options.null, analysis.kernel.calibration is not None
+    apart = null != STANDS_OUT and not analysis.edges[f"q_{STANDS_OUT}"].isna().all()
     heads = [("Kind", False), ("Rank", True), ("Writes", False), ("Reads", False), ("PK", True)]
     heads += [("Random", True), ("Ratio", True)]
-    null, judged = analysis.options.null, analysis.kernel.calibration is not None
     if judged:
         heads += [(f"{name} ({null})", True) for name in ("Ratio", "z", "p", "q")]
-    apart = null != STANDS_OUT and not edges[f"q_{STANDS_OUT}"].isna().all()
     if apart:
         heads.append((f"q ({STANDS_OUT})", True))
-    if composition is not None:
+    if analysis.composition is not None:
         heads.append(("Composition", True))
-    if named is not None:
+    if analysis.classes is not None:
         heads += [("Class of writer", False), ("Class of reader", False)]
-    fit = _decimals(edges["score"])
-    rows = []
-    for edge in edges.to_dict("records"):
-        cells = [
-            f'<td class="pair-{edge["pair"]}"><span class="dot"></span>{edge["pair"]}</td>',
-            number_cell(edge["rank"], 0),
-            head_cell(edge["source"], analysis),
-            head_cell(edge["target"], analysis),
-            number_cell(edge["score"], fit),
-            number_cell(edge["expected"], fit),
-            number_cell(edge["ratio"], 2),
+    fit = _decimals(analysis.edges["score"])
+    rows = [
+        _edge_cells(edge, analysis, fit, judged=judged, apart=apart)
+        for edge in analysis.edges.to_dict("records")
+    ]
+    words = _edge_words(null, judged=judged, apart=apart)
+    body = table("edge-table", "Strongest pairs of heads", heads, rows)
+    return f"<p>{words}</p>" + filtered(
+        "edge-table", "edge", body, len(rows), "Strongest pairs", "L4H7 or OK L5"
+    )
+
+
+def _edge_cells(
+    edge: Mapping[Any, Any], analysis: Analysis, fit: int, *, judged: bool, apart: bool
+) -> list[str]:
+    """Cells of one edge, with what the null laws say of it."""
+    cells = [
+        kind_cell(edge["pair"]),
+        number_cell(edge["rank"], 0),
+        head_cell(edge["source"], analysis),
+        head_cell(edge["target"], analysis),
+        number_cell(edge["score"], fit),
+        number_cell(edge["expected"], fit),
+        number_cell(edge["ratio"], 2),
+    ]
+    null = analysis.options.null
+    if judged:
+        cells += [
+            number_cell(edge[f"ratio_{null}"], 2),
+            number_cell(edge[f"z_{null}"], 1),
+            log_cell(edge[f"log10_p_{null}"]),
+            rate_cell(edge[f"q_{null}"]),
         ]
-        if judged:
-            cells += [
-                number_cell(edge[f"ratio_{null}"], 2),
-                number_cell(edge[f"z_{null}"], 1),
-                log_cell(edge[f"log10_p_{null}"]),
-                rate_cell(edge[f"q_{null}"]),
-            ]
-        if apart:
-            cells.append(rate_cell(edge[f"q_{STANDS_OUT}"]))
-        if composition is not None:
-            cells.append(number_cell(edge["composition"], 4))
-        if named is not None:
-            ends = (named[edge["source"]], named[edge["target"]])
-            cells += [text_cell("–" if name == "None" else name) for name in ends]
-        rows.append(cells)
+    if apart:
+        cells.append(rate_cell(edge[f"q_{STANDS_OUT}"]))
+    if analysis.composition is not None:
+        cells.append(number_cell(edge["composition"], 4))
+    if analysis.classes is not None:
+        named = analysis.table["class"]
+        ends = (named[edge["source"]], named[edge["target"]])
+        cells += [text_cell("–" if name == "None" else name) for name in ends]
+    return cells
+
+
+def _edge_words(null: str, *, judged: bool, apart: bool) -> str:
+    """What the columns of edges are."""
     words = (
         "The pairs drawn in the diagram. Random is the mean between random subspaces of the same "
         "ranks, Ratio the overlap divided by it. "
@@ -117,11 +134,7 @@ def edge_table(analysis: Analysis) -> str:
             f"q ({STANDS_OUT}) is the rate at which the pair stands out from the other pairs of "
             "this model. "
         )
-    words += "A click on a heading sorts, a second click turns the order round."
-    body = table("edge-table", "Strongest pairs of heads", heads, rows)
-    return f"<p>{words}</p>" + filtered(
-        "edge-table", "edge", body, len(rows), "Strongest pairs", "L4H7 or OK L5"
-    )
+    return words + "A click on a heading sorts, a second click turns the order round."
 
 
 def furthest_table(analysis: Analysis) -> str:
