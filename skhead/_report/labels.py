@@ -92,7 +92,7 @@ def _published(name: str, heads: pd.DataFrame, automatic: bool) -> HeadClasses:
 def _from_csv(path: Path, heads: pd.DataFrame) -> pd.Series:
     try:
         table = pd.read_csv(path, keep_default_na=False)
-    except (ValueError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise HeadTableError(f"report: {path} is no readable CSV file: {error}") from error
     missing = [name for name in ("layer", "head", "class") if name not in table.columns]
     if missing:
@@ -102,15 +102,17 @@ def _from_csv(path: Path, heads: pd.DataFrame) -> pd.Series:
         )
     keys = list(zip(table["layer"], table["head"], strict=True))
     known = set(zip(heads["layer"], heads["head"], strict=True))
+    seen = set()
     for place, key in enumerate(keys):
         if key not in known:
             raise HeadTableError(
                 f"report: {path}, line {place + 2}: the model has no head L{key[0]}H{key[1]}"
             )
-        if key in keys[:place]:
+        if key in seen:
             raise HeadTableError(
                 f"report: {path}, line {place + 2}: L{key[0]}H{key[1]} is listed a second time"
             )
+        seen.add(key)
     named = dict(zip(keys, map(str, table["class"]), strict=True))
     wanted = zip(heads["layer"], heads["head"], strict=True)
     values = [named.get(key) or "None" for key in wanted]

@@ -97,10 +97,10 @@ class HeadOperations:
         for name in self.names:
             for sign, verb in SIGNS.values():
                 for head in self.called(column := sign + name):
-                    score, lift, q = (
-                        self.tables[kind][column].to_dict()[head] for kind in ("score", "lift", "q")
+                    figures = (
+                        float(self.tables[kind][column][head]) for kind in ("score", "lift", "q")
                     )
-                    found.setdefault(head, []).append(Said(f"{verb} {name}", score, lift, q))
+                    found.setdefault(head, []).append(Said(f"{verb} {name}", *figures))
         return found
 
     def columns(self) -> pd.DataFrame:

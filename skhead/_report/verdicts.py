@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -77,7 +78,7 @@ class Rule:
     pair: str = ""
     side: str = ""
 
-    def holds(self, scores: Mapping[str, float]) -> bool:
+    def holds(self, scores: Mapping[Any, float]) -> bool:
         """Whether the scores of a head meet all conditions."""
         return all(condition.met(scores[condition.score]) for condition in self.conditions)
 
@@ -156,8 +157,7 @@ def called(scores: pd.DataFrame, rules: tuple[Rule, ...]) -> dict[str, tuple[Rul
     -------
     dict of str to tuple of Rule
     """
-    found = {}
-    for label in scores.index:
-        row = {name: float(scores[name][label]) for name in scores.columns}
-        found[str(label)] = tuple(rule for rule in rules if rule.holds(row))
-    return found
+    return {
+        str(label): tuple(rule for rule in rules if rule.holds(row))
+        for label, row in scores.to_dict("index").items()
+    }
