@@ -14,6 +14,7 @@ from skhead._report.chance import STANDS_OUT
 from skhead._report.comparison import Comparison
 from skhead._report.data import Analysis, named_after_null
 from skhead._report.page import Download
+from skhead._report.text import listed
 from skhead.containers import Similarity
 from skhead.graph import wiring_graph, write_graphml
 
@@ -128,7 +129,10 @@ def _write_pairs(analysis: Analysis, path: Path) -> list[Download]:
     if analysis.composition is not None:
         pairs["composition"] = _along(kernel, analysis.composition.values)
     pairs.to_csv(path, index=False)
-    what = f"all {count:,} compared pairs, with random expectation, null law and composition score"
+    columns = ["random expectation", "null law"]
+    if analysis.composition is not None:
+        columns.append("composition score")
+    what = f"all {count:,} compared pairs, with {listed(columns)}"
     return [Download(path.name, what, "text/csv", None)]
 
 

@@ -176,12 +176,13 @@ def _introduction(analysis: Analysis, shown: int, guessed: bool) -> str:
     )  # fmt: skip
     words += " Edges counts pairs of the diagram. The strongest partner is the one "
     if analysis.kernel.calibration is None:
-        words += "of largest ratio to random subspaces; → reads what the head writes, ← writes it."
+        words += "of largest ratio to random subspaces"
     else:
         words += (
             f"furthest above what the null law {analysis.options.null} expects, in its standard "
-            "deviations, drawn or not; → reads what the head writes, ← writes what it reads."
+            "deviations"
         )
+    words += ", drawn or not; → reads what the head writes, ← writes what it reads."
     if guessed:
         words += f" Like is the likeliest class, if its probability is {LEAST} or more."
     return words

@@ -265,6 +265,8 @@ def test_without_composition_none_is_told(tmp_path):
     heads = pd.read_csv(page.with_name("heads.csv"))
     assert not any("composition" in name for name in heads)
     assert "induction_strength" in heads
+    assert "compared pairs, with random expectation and null law" in words_of(page)
+    assert "composition" not in pd.read_csv(page.with_name("pairs.csv"))
 
 
 def test_large_models_have_cards_of_some_heads(models_dir, tmp_path, monkeypatch):

@@ -113,6 +113,8 @@ def test_nulls_that_two_heads_cannot_answer_say_why(tmp_path):
     words = words_of(page)
     assert words.count("Not computed here:") == 2
     assert "Not computed here: fit_empirical_null: needs at least 20" in words
+    assert "largest ratio to random subspaces, drawn or not; → reads what the head writes" in words
+    assert "← writes what it reads" in words
 
 
 def test_an_overlap_beyond_the_law_has_a_p_value_of_zero(tmp_path):
