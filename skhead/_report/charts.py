@@ -148,7 +148,7 @@ def layer_map(
     cell = min(24.0, 288 / width, 320 / len(layers))
     ticks = _every([str(layer) for layer in layers], cell)
     across = _every([str(head) for head in range(width)], cell)
-    picture_svg = _framed(grid, scale, cell, cell, ticks, across, f"{title}: {note}")
+    picture_svg = _framed(grid, scale, cell, ticks, across, f"{title}: {note}")
     told = names.ravel().tolist() if readout else []
     return _figure(picture_svg, title, note, grid, told, None)
 
@@ -166,7 +166,7 @@ def heat_map(
         for heads in (rows, columns)
     )
     label = f"{pair}: {len(rows)} writing heads down, {len(columns)} reading heads across, by layer"
-    drawn = _framed(small, scale, cell, cell, ticks, across, label)
+    drawn = _framed(small, scale, cell, ticks, across, label)
     note = f"rows write (O), columns read ({pair[1]})"
     if block > 1:
         note += f"; each point is the largest of {block} × {block} pairs"
@@ -186,19 +186,18 @@ def legend_bar(scale: Scale, text: str) -> str:
 def _framed(
     grid: NDArray[np.floating],
     scale: Scale,
-    cell_width: float,
-    cell_height: float,
+    cell: float,
     down: Sequence[tuple[float, str]],
     across: Sequence[tuple[float, str]],
     label: str,
 ) -> str:
-    left, bottom = (_LABEL_WIDTH + 8 if cell_width >= _LABEL_WIDTH else 26), 20
-    width, height = grid.shape[1] * cell_width, grid.shape[0] * cell_height
+    left, bottom = (_LABEL_WIDTH + 8 if cell >= _LABEL_WIDTH else 26), 20
+    width, height = grid.shape[1] * cell, grid.shape[0] * cell
     ticks = [
-        f'<text class="tick end" x="{left - 5}" y="{y * cell_height + 3.5:.1f}">{text}</text>'
+        f'<text class="tick end" x="{left - 5}" y="{y * cell + 3.5:.1f}">{text}</text>'
         for y, text in down
     ] + [
-        f'<text class="tick" x="{left + x * cell_width:.1f}" y="{height + 14:.1f}">{text}</text>'
+        f'<text class="tick" x="{left + x * cell:.1f}" y="{height + 14:.1f}">{text}</text>'
         for x, text in across
     ]
     return (

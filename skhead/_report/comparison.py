@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.stats import binom, ks_2samp, spearmanr
 
 from skhead._report.chance import FDR
-from skhead._report.data import Analysis, Options, analyse
+from skhead._report.data import Analysis, Options, analyse, ratios_of
 from skhead.containers import Subspaces
 from skhead.kernels import ProjectionKernel
 from skhead.spectra import SpectrumSimilarity
@@ -330,12 +330,9 @@ def _overlaps(first: Analysis, second: Analysis) -> pd.DataFrame:
     for side, analysis in zip("AB", (first, second), strict=True):
         kernel = analysis.kernel
         for p, pair in enumerate(kernel.pairs):
-            listed = kernel.listed(pair)
-            ratio = (listed / np.broadcast_to(kernel.null_mean, kernel.values.shape)[:, :, p])[
-                ~np.isnan(listed)
-            ]
+            ratio = ratios_of(kernel, pair)
             quantiles = np.quantile(ratio, (0.05, 0.5, 0.95, 0.99)).tolist()
-            called = _called(analysis, p) & ~np.isnan(listed)
+            called = _called(analysis, p) & ~np.isnan(kernel.listed(pair))
             known = _judged(analysis, p).any()
             rows.append(
                 dict(zip(("q05", "median", "q95", "q99"), quantiles, strict=True))

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-import numpy as np
-
 from skhead._report.chance import FDR
 from skhead._report.charts import Histogram, layer_map, legend_bar, limits_of
 from skhead._report.class_section import probability
 from skhead._report.classes import likeliest
 from skhead._report.comparison import Comparison, title_of
-from skhead._report.data import Analysis
+from skhead._report.data import Analysis, ratios_of
 from skhead._report.glossary import figures
 from skhead._report.page import Download, assemble, download_list
 from skhead._report.raster import Scale
@@ -293,11 +291,13 @@ def _overlaps(found: Comparison) -> str:
         ]
         for row in found.overlaps.to_dict("records")
     ]  # fmt: skip
-    ratios = [_ratios(side) for side in found.sides]
     panels = []
     for pair in dict.fromkeys(found.overlaps["pair"]):
-        known = [(side, values[pair]) for side, values in zip("AB", ratios, strict=True)
-                 if pair in values]  # fmt: skip
+        known = [
+            (name, ratios_of(side.kernel, pair))
+            for name, side in zip("AB", found.sides, strict=True)
+            if pair in side.kernel.pairs
+        ]
         limits = limits_of([values for _, values in known], [1.0])
         for side, values in known:
             drawn = Histogram(pair, values, limits, 1.0, None, None, f"ratio of {side},").svg()
@@ -315,16 +315,6 @@ def _overlaps(found: Comparison) -> str:
     )
     refused = _refused(found) if found.refusal else ""
     return f'<p>{words}</p>{body}{refused}<div class="panels two">{"".join(panels)}</div>'
-
-
-def _ratios(analysis: Analysis) -> dict[str, np.ndarray]:
-    kernel = analysis.kernel
-    expected = np.broadcast_to(kernel.null_mean, kernel.values.shape)
-    found = {}
-    for p, pair in enumerate(kernel.pairs):
-        ratio = kernel.listed(pair) / expected[:, :, p]
-        found[pair] = ratio[~np.isnan(ratio)]
-    return found
 
 
 def _scores(found: Comparison) -> str:

@@ -35,6 +35,7 @@ __all__ = [
     "analyse",
     "expected_of",
     "named_after_null",
+    "ratios_of",
     "scores_of",
 ]
 
@@ -434,6 +435,11 @@ def expected_of(similarity: Similarity, pair: str) -> tuple[NDArray[np.floating]
         np.broadcast_to(values, shape)[:, :, p][defined]
         for values in (similarity.null_mean, similarity.null_sd)
     )
+
+
+def ratios_of(similarity: Similarity, pair: str) -> NDArray[np.floating]:
+    """Every listed value over its random mean, in the order of `scores_of`."""
+    return scores_of(similarity, pair) / expected_of(similarity, pair)[0]
 
 
 def scores_of(similarity: Similarity, pair: str) -> NDArray[np.float32]:

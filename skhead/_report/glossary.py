@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-__all__ = ["COMPOSITION", "MAPS", "PLACES", "WORDS", "figures", "random_figures"]
+__all__ = [
+    "BEST_PARTNER",
+    "COMPOSITION",
+    "MAPS",
+    "PLACES",
+    "RATIO_SPREAD",
+    "WORDS",
+    "figures",
+    "random_figures",
+]
 
 #: Figures of both circuits: what they are called, the columns of OV and QK, and what they are.
 MAPS: tuple[tuple[str, str | None, str | None, str], ...] = (
@@ -112,6 +121,10 @@ PLACES: tuple[tuple[str, str, str], ...] = (
     ),
 )
 
+#: Standard deviation of the eigenvalue ratio of random heads, and mean of the largest ratio among
+#: the partners that are tried, both times d_head.
+RATIO_SPREAD, BEST_PARTNER = 1.6, 3
+
 #: Composition by what is read, first letter of the column and name.
 COMPOSITION = (("q", "queries"), ("k", "keys"), ("v", "values"))
 _SIDES = {"in": "earlier heads", "out": "later heads"}
@@ -161,8 +174,8 @@ def random_figures(d_model: int, d_head: int) -> dict[str, str]:
     -------
     dict of str to str
     """
-    ratio, overlap = f"0 ± {1.6 / d_head:.2g}", f"{d_head**2 / d_model:.3g}"
-    best = f"about {3 / d_head:.2g}"
+    ratio, overlap = f"0 ± {RATIO_SPREAD / d_head:.2g}", f"{d_head**2 / d_model:.3g}"
+    best = f"about {BEST_PARTNER / d_head:.2g}"
     known = {"identity_signed": "0", "qk_symmetric": "0.5", "pk_vo": overlap, "pk_qk": overlap}
     known |= dict.fromkeys(
         ("ov_copying", "qk_matching", "ov_eigenvalue_ratio", "qk_eigenvalue_ratio"), ratio

@@ -251,9 +251,8 @@ def _diagram(analysis: Analysis, numbers: Mapping[str, Any]) -> str:
             '<label class="scripted"><input type="checkbox" id="only-standing">only pairs that '
             f"stand out ({STANDS_OUT}, q ≤ {FDR})</label>"
         )
-    legend = _legend(analysis)
-    names = sorted(numbers["classes"]["counts"]) if numbers["classes"] else []
-    drawing = wiring_diagram(analysis, class_colours(names))
+    colours = class_colours(sorted(numbers["classes"]["counts"]) if numbers["classes"] else [])
+    legend, drawing = _legend(analysis, colours), wiring_diagram(analysis, colours)
     opens = " A click or the Enter key opens the card of a head." if analysis.carded else ""
     return (
         f'<p>{words}</p><div class="tools"><span class="scripted kinds">{toggles}</span>{standing}'
@@ -266,15 +265,14 @@ def _diagram(analysis: Analysis, numbers: Mapping[str, Any]) -> str:
     )
 
 
-def _legend(analysis: Analysis) -> str:
+def _legend(analysis: Analysis, colours: Mapping[str, tuple[str, str]]) -> str:
+    """Colours of the classes that the diagram shows."""
     if analysis.classes is None:
         return ""
     active = analysis.table[analysis.table["degree"] > 0]["class"]
-    names = sorted(set(analysis.classes.values) - {"None"})
-    colours = class_colours(names)
     items = [
-        f'<li><span class="swatch" style="--fill:{colours[name][0]}"></span>{escape(name)}</li>'
-        for name in names
+        f'<li><span class="swatch" style="--fill:{fill}"></span>{escape(name)}</li>'
+        for name, (fill, _) in colours.items()
         if (active == name).any()
     ]
     if (active == "None").any():

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from skhead._report.glossary import BEST_PARTNER, RATIO_SPREAD
 from skhead._report.text import number
 
 __all__ = ["Condition", "Rule", "called", "rules_for"]
@@ -16,10 +17,8 @@ __all__ = ["Condition", "Rule", "called", "rules_for"]
 _POSITION = 0.3
 #: Eigenvalue ratios that are told, and the standard deviations of random heads that they exceed.
 _RATIO, _DEVIATIONS = 0.5, 3
-#: Standard deviation of the eigenvalue ratio of random heads, times d_head.
-_RATIO_SPREAD = 1.6
-#: Mean of the largest ratio among the partners that are tried, times d_head, and how many of it.
-_BEST_PARTNER, _TIMES = 3, 3
+#: How many of the largest ratio of random partners are told.
+_TIMES = 3
 #: Diagonal that is told, as a share of the square root of d_head, which a full copier reaches.
 _DIAGONAL = 0.25
 #: Signed identity that is told, of 1 possible.
@@ -96,12 +95,12 @@ def rules_for(d_model: int, d_head: int, composition: bool) -> tuple[Rule, ...]:
     -------
     tuple of Rule
     """
-    spread = _RATIO_SPREAD / d_head
+    spread = RATIO_SPREAD / d_head
     ratio, around = max(_RATIO, _DEVIATIONS * spread), f"0 ± {number(spread, 2)}"
     diagonal = _DIAGONAL * d_head**0.5
     unit = f"0 ± {number((d_model * d_head) ** -0.5, 2)}"
-    partner = max(_RATIO, _TIMES * _BEST_PARTNER / d_head)
-    best = f"{number(_BEST_PARTNER / d_head, 2)}, the best of its partners"
+    partner = max(_RATIO, _TIMES * BEST_PARTNER / d_head)
+    best = f"{number(BEST_PARTNER / d_head, 2)}, the best of its partners"
     previous = Condition("previous_token", _POSITION, "0")
 
     def signed(name: str, sign: int) -> tuple[Condition, ...]:
