@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from skhead.exceptions import SkheadError
+from skhead.exceptions import SkheadError, UnsupportedLayoutError
 from skhead.readout import SubspaceReadout
 
 __all__ = ["MOST_TOKENS", "Nearest", "nearest_tokens", "read_vocabulary"]
@@ -61,7 +61,10 @@ def nearest_tokens(heads: pd.DataFrame, processing: Mapping[str, Any]) -> Neares
     if readout.n_vocab_ > MOST_TOKENS:
         why = f"its {readout.n_vocab_:,} tokens are more than the {MOST_TOKENS:,} that a page lists"
         return Nearest({}, False, why)
-    texts = read_vocabulary(str(readout.source_), readout.n_vocab_)
+    try:
+        texts = read_vocabulary(str(readout.source_), readout.n_vocab_)
+    except UnsupportedLayoutError as error:
+        return Nearest({}, False, str(error))
     lists: dict[str, list[tuple[int, str | None, float]]] = {}
     for row in readout.top_tokens(heads).to_dict("records"):
         token = int(row["token"])
@@ -71,12 +74,12 @@ def nearest_tokens(heads: pd.DataFrame, processing: Mapping[str, Any]) -> Neares
 
 
 def read_vocabulary(source: str, n_vocab: int) -> dict[int, str] | None:
-    """Text of tokens from the tokenizer's files in a model's directory.
+    """Text of tokens from the tokenizer's files beside a model.
 
     Parameters
     ----------
     source : str
-        Address of a model.
+        Directory or file of a model; another address has nothing beside it.
     n_vocab : int
         Tokens of the model.
 
@@ -85,8 +88,14 @@ def read_vocabulary(source: str, n_vocab: int) -> dict[int, str] | None:
     dict of int to str, or None
         None where there is no such file, or where it has another number of tokens by far: one that
         names less than half of the model's tokens is not taken for its vocabulary.
+
+    Raises
+    ------
+    UnsupportedLayoutError
+        If a file is damaged.
     """
-    directory = Path(source)
+    place = Path(source)
+    directory = place.parent if place.is_file() else place
     for name, read in (
         ("tokenizer.json", _from_tokenizer),
         ("vocab.json", _from_mapping),
@@ -94,7 +103,12 @@ def read_vocabulary(source: str, n_vocab: int) -> dict[int, str] | None:
     ):
         path = directory / name
         if path.is_file():
-            texts = read(path.read_text(encoding="utf-8"))
+            try:
+                texts = read(path.read_text(encoding="utf-8"))
+            except (ValueError, TypeError, AttributeError, LookupError) as error:
+                raise UnsupportedLayoutError(
+                    f"{name} beside the model is damaged ({error}); repair or remove it"
+                ) from error
             known = {token: text for token, text in texts.items() if 0 <= token < n_vocab}
             if 2 * len(known) >= n_vocab:
                 return _readable(known)

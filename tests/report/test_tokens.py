@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
 import skhead
 from skhead._report.scores import score_heads
 from skhead._report.tokens import nearest_tokens, read_vocabulary
+from skhead.datasets import bundled_path
+from skhead.exceptions import UnsupportedLayoutError
+
+MODEL = "skhead/induction-2l"
 
 
 def test_bytes_come_back_from_the_letters_of_gpt2(tmp_path):
@@ -22,6 +27,36 @@ def test_pieces_with_a_raised_bar_get_their_space(tmp_path):
     added = {"added_tokens": [{"id": 2, "content": "[SEP]"}]}
     (tmp_path / "tokenizer.json").write_text(json.dumps(model | added))
     assert read_vocabulary(str(tmp_path), 3) == {0: "<unk>", 1: " once", 2: "[SEP]"}
+
+
+def test_files_lie_beside_a_model_of_one_file_too(tmp_path):
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
+    (tmp_path / "model.safetensors").touch()
+    assert read_vocabulary(str(tmp_path / "model.safetensors"), 2) == {0: "a", 1: "b"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("vocab.json", "{broken"),
+        ("vocab.json", "[0]"),
+        ("vocab.json", '{"a": "b"}'),
+        ("vocab.json", '{"a": null}'),
+        ("tokenizer.json", "[0]"),
+        ("tokenizer.json", '{"model": {"vocab": [0]}}'),
+        ("tokenizer.json", '{"added_tokens": [{}]}'),
+    ],
+)
+def test_a_damaged_vocabulary_is_told_and_does_not_stop_the_report(name, content, tmp_path):
+    directory = tmp_path / "model"
+    shutil.copytree(bundled_path(MODEL), directory)
+    (directory / name).write_text(content)
+    with pytest.raises(UnsupportedLayoutError, match=f"{name} beside the model is damaged"):
+        read_vocabulary(str(directory), 4)
+    found = nearest_tokens(
+        skhead.load_heads(directory), {"fold_norm": False, "center": False, "device": "cpu"}
+    )
+    assert found.refusal.startswith(f"{name} beside the model is damaged")
 
 
 def test_lines_are_tokens(tmp_path):
