@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -264,8 +265,8 @@ def write_comparison(
     return page
 
 
-def _check(k: int, null: str, device: str | None, caller: str) -> None:
-    if isinstance(k, bool) or int(k) != k or k < 1:
+def _check(k: Any, null: str, device: str | None, caller: str) -> None:
+    if isinstance(k, bool) or not isinstance(k, Real) or k % 1 or k < 1:
         raise ValueError(f"{caller}: k must be a positive integer, got {k!r}")
     check_option("null", null, NULLS, caller)
     check_device(device, caller)

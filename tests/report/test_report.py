@@ -138,7 +138,7 @@ def test_pairs_file_is_left_out_when_too_long(tmp_path, monkeypatch):
     assert "pairs.csv is not written: 192 pairs are more than 191" in words
 
 
-@pytest.mark.parametrize("k", [0, -3, 1.5, True])
+@pytest.mark.parametrize("k", [0, -3, 1.5, True, None, "5", float("nan"), float("inf")])
 def test_k_is_checked(k, tmp_path):
     with pytest.raises(ValueError, match=r"write_report: k must be a positive integer, got"):
         write_report(MODEL, tmp_path, k=k)
