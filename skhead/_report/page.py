@@ -74,40 +74,6 @@ def render(analysis: Analysis, numbers: Mapping[str, Any], downloads: Sequence[D
     -------
     str
     """
-    sections = [
-        ("summary", "What stands out", _summary(analysis, numbers)),
-        ("read", "What was read", _read(analysis, numbers)),
-        ("diagram", "Wiring diagram", _diagram(analysis, numbers)),
-        ("distributions", "Overlap against random subspaces", distributions(analysis, numbers)),
-        ("chance", "What is more than chance?", chance(numbers)),
-        ("maps", "Heads by layer", layer_maps(analysis)),
-        ("matrices", "Every pair of heads", matrices(analysis)),
-        ("hubs", "Hubs", hub_table(analysis, numbers)),
-        ("edges", "Strongest pairs", edge_table(analysis)),
-        ("furthest", "Pairs that stand out", furthest_table(analysis)),
-    ]
-    if analysis.composition is not None:
-        sections.append(
-            (
-                "composition",
-                "Composition scores",
-                composition(analysis, analysis.composition, numbers),
-            )
-        )
-    if analysis.operations is not None:
-        drawn = operations(analysis, analysis.operations, numbers)
-        sections.insert(3, ("operations", "Operations on tokens", drawn))
-    if analysis.induction is not None:
-        drawn = induction(analysis.induction, analysis)
-        sections.insert(3, ("induction", "Induction circuits", drawn))
-    if analysis.guesses:
-        sections.insert(3, ("classes", "Classes of heads", classes(analysis)))
-    sections.insert(3, ("heads", "All heads", all_heads(analysis)))
-    if analysis.cards is not None:
-        sections.insert(3, ("roles", "What single heads do", roles(analysis, analysis.cards)))
-        drawn = head_cards(analysis, analysis.cards, numbers)
-        sections.append(("cards", "Head cards", drawn))
-    sections.append(("files", "Files", download_list(downloads)))
     info = analysis.info
     layers = (
         len(numbers["source"]["layers_with_heads"]) if analysis.scope != "shared" else info.n_layers
@@ -122,8 +88,46 @@ def render(analysis: Analysis, numbers: Mapping[str, Any], downloads: Sequence[D
         kicker="Wiring of attention heads, read from weights",
         name=info.name,
         lead=lead,
-        sections=sections,
+        sections=_sections(analysis, numbers, downloads),
     )
+
+
+def _sections(
+    analysis: Analysis, numbers: Mapping[str, Any], downloads: Sequence[Download]
+) -> list[tuple[str, str, str]]:
+    """Identifier, heading and markup of what there is to tell, in the order of the page."""
+    cards, scores = analysis.cards, analysis.composition
+    sections = [
+        ("summary", "What stands out", _summary(analysis, numbers)),
+        ("read", "What was read", _read(analysis, numbers)),
+        ("diagram", "Wiring diagram", _diagram(analysis, numbers)),
+    ]
+    if cards is not None:
+        sections.append(("roles", "What single heads do", roles(analysis, cards)))
+    sections.append(("heads", "All heads", all_heads(analysis)))
+    if analysis.guesses:
+        sections.append(("classes", "Classes of heads", classes(analysis)))
+    if analysis.induction is not None:
+        drawn = induction(analysis.induction, analysis)
+        sections.append(("induction", "Induction circuits", drawn))
+    if analysis.operations is not None:
+        drawn = operations(analysis, analysis.operations, numbers)
+        sections.append(("operations", "Operations on tokens", drawn))
+    sections += [
+        ("distributions", "Overlap against random subspaces", distributions(analysis, numbers)),
+        ("chance", "What is more than chance?", chance(numbers)),
+        ("maps", "Heads by layer", layer_maps(analysis)),
+        ("matrices", "Every pair of heads", matrices(analysis)),
+        ("hubs", "Hubs", hub_table(analysis, numbers)),
+        ("edges", "Strongest pairs", edge_table(analysis)),
+        ("furthest", "Pairs that stand out", furthest_table(analysis)),
+    ]
+    if scores is not None:
+        drawn = composition(analysis, scores, numbers)
+        sections.append(("composition", "Composition scores", drawn))
+    if cards is not None:
+        sections.append(("cards", "Head cards", head_cards(analysis, cards, numbers)))
+    return [*sections, ("files", "Files", download_list(downloads))]
 
 
 def assemble(
