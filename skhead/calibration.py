@@ -461,18 +461,19 @@ def head_permutation_test(
 
     Single pairs cannot be tested so; a hub, a class or a circuit can. The null says that, given two
     layers, it does not matter which of their heads meet (or, for classes, which heads of a layer
-    carry a label).
+    carry a label). Layers of different models are never mixed. Where small values are similar, as
+    distances and p-values are, the strongest pairs are the smallest.
 
     Parameters
     ----------
     similarity : Similarity
         Of the same heads in rows and columns.
     statistic : {"hub_degree", "in_class_nodes", "edge_mean", "average_precision"}
-        - "hub_degree": degree of every head in the graph of the `k` largest pairs of every kind,
+        - "hub_degree": degree of every head in the graph of the `k` strongest pairs of every kind,
           adjusted for having looked at all heads.
         - "in_class_nodes": how many heads of that graph carry a class.
         - "edge_mean": mean similarity along `edges`, in kind `pair`.
-        - "average_precision": of `head_class` among heads ranked by their largest similarity.
+        - "average_precision": of `head_class` among heads ranked by their strongest pair.
     k : int, default=20
         Edges of each pair kind.
     classes : Series or None, default=None
@@ -521,7 +522,8 @@ def head_permutation_test(
     if labels != similarity.column_labels:
         raise ValueError(f"{name}: rows and columns must be the same heads in the same order")
     values = np.stack([similarity.listed(kind) for kind in similarity.pairs], axis=2)
-    layers = similarity.rows["layer"].to_numpy()
+    values = values if similarity.large_is_similar else -values
+    layers = _layers_of_models(similarity.rows)
     chosen: dict[str, Any] = {"n_permutations": n_permutations, "random_state": random_state}
     if statistic == "average_precision":
         members = _members(similarity, classes, head_class, name)
@@ -538,6 +540,7 @@ def head_permutation_test(
             rows, columns = _edge_positions(edges, labels, name)
             values = similarity.values[:, :, _only_pair(similarity, pair, name)]
             measure = partial(edge_mean, rows=rows, columns=columns)
+            chosen["side"] = "upper" if similarity.large_is_similar else "lower"
         with progress_of_calls(measure, 1 + n_permutations, name) as counted:
             result = permutation_test(counted, values, layers, layers, **chosen)
     columns_out = ("statistic", "p_value", "adjusted_p_value", "null_mean")
@@ -545,6 +548,12 @@ def head_permutation_test(
     index = labels if statistic == "hub_degree" else [statistic]
     frame = pd.DataFrame(table, index=pd.Index(index, dtype=object))
     return frame.sort_values("statistic", ascending=False, kind="stable")
+
+
+def _layers_of_models(heads: pd.DataFrame) -> NDArray[np.int64]:
+    """Numbers that heads of one layer of one model share; heads without layers share one."""
+    models = heads["source"].where(heads["layer"] >= 0, "")
+    return np.asarray(heads.groupby([models, "layer"]).ngroup(), dtype=np.int64)
 
 
 def _members(

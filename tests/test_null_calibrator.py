@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from toys import random_weights, registered, toy_heads
 
 from skhead import (
     CompositionScore,
+    GrassmannDistance,
     NullCalibrator,
     ProjectionKernel,
     SubspaceExtractor,
@@ -398,6 +400,44 @@ def test_hub_is_found_by_permutation():
     assert found["statistic"].iloc[0] >= 0.5  # first, or level with the head it meets best
     nodes = head_permutation_test(similarity, "in_class_nodes", classes=classes, k=8, **options)
     assert nodes["statistic"].iloc[0] == 1
+
+
+def test_permutation_test_of_distances_takes_the_smallest():
+    with toy_heads(n_layers=2, n_heads=6) as heads:
+        distance = GrassmannDistance(pairs=["OK"]).fit_transform(heads)
+        kernel = ProjectionKernel(pairs=["OK"]).fit_transform(heads)
+    classes = pd.Series("None", index=heads.index).mask(heads["head"] < 2, "Low")
+    edges = kernel.top_pairs(3)[["source", "target"]].values.tolist()
+    options = {"n_permutations": 99, "random_state": 0, "classes": classes, "edges": edges, "k": 4}
+    for statistic in ("hub_degree", "in_class_nodes", "average_precision"):
+        found, expected = (
+            head_permutation_test(one, statistic, **options) for one in (distance, kernel)
+        )
+        pd.testing.assert_frame_equal(found, expected)
+    circuit = head_permutation_test(distance, "edge_mean", **options)
+    assert circuit["statistic"].iloc[0] == pytest.approx(
+        np.sort(distance.values[~np.isnan(distance.values)])[:3].mean()
+    )
+    assert circuit["p_value"].iloc[0] == 0.01
+
+
+def test_permutation_test_exchanges_no_heads_of_different_models():
+    """One model is all similar, the other not at all: within each, no circuit stands out."""
+    with toy_heads(n_layers=2) as first, toy_heads(n_layers=2, seed=1) as second:
+        found = ProjectionKernel(pairs=["OK"]).fit_transform(pd.concat([first, second]))
+    level = np.where(found.rows["source"] == first["source"].iloc[0], 2.0, 1.0)
+    equal = np.where(np.isnan(found.values), np.nan, level[:, None, None]).astype(np.float32)
+    found = replace(found, values=equal)
+    edges = found.top_pairs(3)[["source", "target"]].values.tolist()
+    circuit = head_permutation_test(
+        found, "edge_mean", edges=edges, n_permutations=99, random_state=0
+    )
+    assert circuit["p_value"].iloc[0] == 1
+    with pytest.raises(ValueError, match="exchange"):
+        head_permutation_test(
+            ProjectionKernel().fit_transform(np.random.default_rng(0).normal(size=(1, 4, 9, 3))),
+            "hub_degree",
+        )
 
 
 @pytest.mark.parametrize(
