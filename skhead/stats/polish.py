@@ -140,7 +140,7 @@ def median_polish(
            [0., 5., 0.],
            [0., 0., 0.]])
     """
-    table = _table(values, "median_polish")
+    table = _some_defined(values, "median_polish")
     if symmetric and not np.array_equal(table, table.T, equal_nan=True):
         raise ValueError(
             "median_polish: symmetric=True needs a table that is its own mirror image; polish rows "
@@ -213,7 +213,7 @@ def layer_block_scores(
     >>> bool(abs(np.median(scores[:, 20:])) < 1e-12)
     True
     """
-    table = _table(values, "layer_block_scores")
+    table = _some_defined(values, "layer_block_scores")
     layers = [np.asarray(given) for given in (row_layers, column_layers)]
     if tuple(len(given) for given in layers) != table.shape:
         raise HeadShapeError(
@@ -251,6 +251,11 @@ def _table(values: ArrayLike, caller: str) -> NDArray[np.float64]:
             f"{caller}: entry ({row}, {column}) is {table[row, column]}; the logarithm of a "
             "similarity of 0 has no effects, leave such pairs out as NaN"
         )
+    return table
+
+
+def _some_defined(values: ArrayLike, caller: str) -> NDArray[np.float64]:
+    table = _table(values, caller)
     if np.isnan(table).all():
         raise ValueError(f"{caller}: no entry of the table is defined")
     return table
