@@ -264,6 +264,13 @@ class CovarianceNull(NullLaw):
             for s in np.unique(columns):
                 block = np.ix_(np.flatnonzero(rows == r), np.flatnonzero(columns == s))
                 moments = self.moments(int(r), int(s))
+                if not moments.variance > _LEAST_VARIANCE:
+                    raise HeadShapeError(
+                        "NullCalibrator: under this covariance the kernel of "
+                        f"{similarity.pairs[p]} pairs of ranks {r} and {s} cannot vary, because "
+                        "the heads fill its directions; truncate them with "
+                        "SubspaceExtractor(rank=...), or use another null"
+                    )
                 mean[block] = moments.mean
                 z[block] = (scores[block] - moments.mean) / np.sqrt(moments.variance)
                 skewness = _skewness(similarity, p, moments.effective_dimension)

@@ -21,6 +21,7 @@ from sklearn.utils.validation import (
 )
 
 from skhead._base import check_option, check_same_record
+from skhead._checks import check_count
 from skhead._estimators import SkheadEstimator
 from skhead._nulls import (
     AnisotropicNull,
@@ -82,8 +83,8 @@ class NullCalibrator(TransformerMixin, SkheadEstimator):
           how it combines them is random. Stricter; it depends on the axes, which heads without
           common directions leave arbitrary.
         - "empirical": the bulk of the model's other pairs, once every head's own level is taken
-          out. Right for discovery: which pairs stand out. Takes any positive similarity; it needs
-          many pairs, and its p-values near 1e-3 are up to twice too small.
+          out. Right for discovery: which pairs stand out. Takes positive composition scores too; it
+          needs many pairs, and its p-values near 1e-3 are up to twice too small.
 
     output : {"z", "log_p", "q", "ratio", "excess"}, default="z"
         What the values become: deviation in null standard deviations, log10 of the p-value, false
@@ -280,9 +281,11 @@ class NullCalibrator(TransformerMixin, SkheadEstimator):
             X = self._similarity_of(array)
         composition = X.unit.startswith("composition") and not X.unit.endswith("difference")
         if not (X.unit.startswith("pk") or (composition and self.null == "empirical")):
+            also = " and of positive composition scores" if self.null == "empirical" else ""
             raise ValueError(
-                f"{type(self).__name__}: null={self.null!r} is a law of the projection kernel, "
-                f"and these are values of unit {X.unit!r}; calibrate the output of ProjectionKernel"
+                f"{type(self).__name__}: null={self.null!r} is a law of the projection kernel"
+                f"{also}, and these are values of unit {X.unit!r}; calibrate the output of "
+                "ProjectionKernel"
             )
         if X.unit.startswith("pk"):
             for p in range(len(X.pairs)):
@@ -296,14 +299,17 @@ class NullCalibrator(TransformerMixin, SkheadEstimator):
                 f"{type(self).__name__}: a plain array says neither in which dimension nor of "
                 "which ranks its subspaces are; give d_model= and rank=, or pass a Similarity"
             )
-        pair = tuple(self.rank) if isinstance(self.rank, tuple | list) else (self.rank,) * 2
-        if len(pair) != 2 or not all(1 <= r <= self.d_model for r in pair):
+        name = type(self).__name__
+        d_model = check_count("d_model", self.d_model, name)
+        ranks = self.rank if isinstance(self.rank, tuple | list) else (self.rank,) * 2
+        whole = all(isinstance(r, int | np.integer) and 1 <= r <= d_model for r in ranks)
+        if len(ranks) != 2 or not whole:
             raise ValueError(
-                f"{type(self).__name__}: rank={self.rank!r} must be one or two integers between "
-                f"1 and d_model={self.d_model}"
+                f"{name}: rank={self.rank!r} must be one or two integers between 1 and "
+                f"d_model={d_model}"
             )
         row_ranks, column_ranks = (
-            np.full((n, 1), r, dtype=np.int64) for n, r in zip(array.shape, pair, strict=True)
+            np.full((n, 1), r, dtype=np.int64) for n, r in zip(array.shape, ranks, strict=True)
         )
         unknown = np.full((1, 1, 1), np.nan)
         return Similarity(
@@ -313,7 +319,7 @@ class NullCalibrator(TransformerMixin, SkheadEstimator):
             columns=_nameless(array.shape[1]),
             unit="pk",
             record={},
-            d_model=int(self.d_model),
+            d_model=d_model,
             row_ranks=row_ranks,
             column_ranks=column_ranks,
             null_mean=unknown,

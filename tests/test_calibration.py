@@ -30,5 +30,8 @@ def test_refusals():
     with registered(weights) as heads:
         with pytest.raises(ValueError, match=r"pair OQ have unequal ranks"):
             informativeness(ProjectionKernel().fit_transform(heads))
+        for bins in (0, -3, 2.5):
+            with pytest.raises(ValueError, match="bins must be a positive integer, got"):
+                informativeness(ProjectionKernel().fit_transform(heads.iloc[1:]), bins=bins)
         with pytest.raises(ValueError, match=r"unit 'pk'.*got 'pk/rank'"):
             informativeness(ProjectionKernel(normalize="rank").fit_transform(heads))

@@ -216,6 +216,11 @@ def test_plain_arrays():
     np.testing.assert_allclose(law.transform(X), X / 2.0, rtol=1e-6)
     with pytest.raises(ValueError, match="give d_model= and rank="):
         NullCalibrator().fit(X)
+    for rank in (2.5, "8", (8, 8, 8)):
+        with pytest.raises(ValueError, match="NullCalibrator: rank=.* must be one or two integers"):
+            NullCalibrator(d_model=64, rank=rank).fit(X)
+    with pytest.raises(ValueError, match="NullCalibrator: d_model must be an integer .* got 64.5"):
+        NullCalibrator(d_model=64.5, rank=8).fit(X)
     with pytest.raises(
         ValueError, match="rank=70 must be one or two integers between 1 and d_model=64"
     ):
@@ -458,12 +463,27 @@ def test_permutation_test_refuses(statistic, options, message):
         head_permutation_test(similarity, statistic, **options)
 
 
-@pytest.mark.parametrize("null", ["anisotropic", "signflip"])
-def test_heads_that_fill_the_space_have_no_law(null):
+@pytest.mark.parametrize("null", NULLS)
+def test_rows_without_a_defined_pair_stay_undefined(null):
+    with toy_heads(n_layers=3, n_heads=6) as heads:
+        similarity = ProjectionKernel(pairs=["OK"]).fit_transform(heads)
+        last = NullCalibrator(null=null).fit(similarity).transform(similarity[-6:])
+    assert last.values.shape == (6, 18, 1) and np.isnan(last.values).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"null": "anisotropic"},
+        {"null": "anisotropic", "covariance": np.eye(8)},
+        {"null": "signflip"},
+    ],
+)
+def test_heads_that_fill_the_space_have_no_law(options):
     with toy_heads(n_layers=2, n_heads=6, d_model=8, d_head=8) as heads:
         similarity = ProjectionKernel().fit_transform(heads)
         with pytest.raises(HeadShapeError, match="cannot vary"):
-            NullCalibrator(null=null).fit_transform(similarity)
+            NullCalibrator(**options).fit_transform(similarity)
 
 
 def test_families_of_dependent_pairs_keep_the_false_discovery_rate():

@@ -42,7 +42,8 @@ def gaussian_divergence(
     Raises
     ------
     ValueError
-        If there is no value, a value lies outside the range, or the variance is not positive.
+        If there is no value, a value lies outside the range, the variance is not positive, or
+        `bins` is no positive integer.
 
     Examples
     --------
@@ -55,6 +56,8 @@ def gaussian_divergence(
     values = np.asarray(values, dtype=np.float64).ravel()
     if values.size == 0:
         raise ValueError("gaussian_divergence: there are no values")
+    if not isinstance(bins, int | np.integer) or bins < 1:
+        raise ValueError(f"gaussian_divergence: bins must be a positive integer, got {bins!r}")
     if not variance > 0:
         raise ValueError(f"gaussian_divergence: the variance must be positive, got {variance}")
     slack = 1e-4 * upper
