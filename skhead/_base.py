@@ -43,6 +43,7 @@ __all__ = [
     "check_same_record",
     "defined_pairs",
     "extract_subspaces",
+    "free_dimension",
     "parse_bytes",
     "rank_scale",
 ]
@@ -440,6 +441,11 @@ def goes_forward(rows: pd.DataFrame, columns: pd.DataFrame, layer_order: str) ->
     """
     layered = all((heads["layer"] != NO_LAYER).all() for heads in (rows, columns))
     return layer_order == "forward" and layered
+
+
+def free_dimension(d_model: int, record: Mapping[str, Any]) -> int:
+    """Dimension of the space in which random heads point anywhere; centring takes one away."""
+    return d_model - int(bool(record.get("center")))
 
 
 def rank_scale(r: NDArray[np.int64], s: NDArray[np.int64], normalize: str | None) -> Any:

@@ -106,7 +106,7 @@ def similarity_parts(
     if kernel:
         of_result = (result.source_rank, result.target_rank)
         ranks = [np.full((len(table), 1), rank, dtype=np.int64) for rank in of_result]
-        moments = haar_moments(*of_result, d_model)
+        moments = haar_moments(*of_result, d_model - int(record["center"]))
         mean = np.full((1, 1, 1), float(moments.mean))
         sd = np.full((1, 1, 1), float(np.sqrt(moments.variance)))
     return {

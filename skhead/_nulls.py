@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.special import log_ndtr
 
-from skhead._base import extract_subspaces, open_door, rank_scale
+from skhead._base import extract_subspaces, free_dimension, open_door, rank_scale
 from skhead._devices import with_less_memory
 from skhead.containers import RoleBases, Similarity, Subspaces
 from skhead.exceptions import HeadShapeError
@@ -434,7 +434,7 @@ def _standardised(scores: FloatArray, moments: HaarMoments) -> FloatArray:
 
 def _sizes(similarity: Similarity, p: int) -> tuple[Any, Any, int]:
     """Ranks of rows and columns, and the dimension in which they vary."""
-    d = similarity.d_model - int(bool(similarity.record.get("center")))
+    d = free_dimension(similarity.d_model, similarity.record)
     return similarity.row_ranks[:, None, p], similarity.column_ranks[None, :, p], d
 
 

@@ -27,6 +27,7 @@ from skhead._base import (
     check_option,
     check_pairs,
     check_same_record,
+    free_dimension,
     open_door,
     parse_bytes,
 )
@@ -190,7 +191,8 @@ class SharedKernel(PairwiseKernel):
         subspaces: tuple[Subspaces | None, Subspaces | None] = (None, None),
     ) -> Similarity:
         """What was measured, with all that the next stage needs; each argument for both sides."""
-        law = self._law(measured.row_facts, measured.column_facts)
+        dimension = free_dimension(self.d_model_, record)
+        law = self._law(measured.row_facts, measured.column_facts, dimension)
         return Similarity(
             measured.values, self.pairs_, *heads, law.unit, dict(record), self.d_model_, *ranks,
             law.null_mean, law.null_sd, *subspaces,
@@ -205,8 +207,11 @@ class SharedKernel(PairwiseKernel):
         """Read and compare the heads of two tables, with None those of one with each other."""
 
     @abstractmethod
-    def _law(self, row_facts: NDArray[Any], column_facts: NDArray[Any]) -> Law:
-        """What the kernel gives between random heads of which these facts are known."""
+    def _law(self, row_facts: NDArray[Any], column_facts: NDArray[Any], dimension: int) -> Law:
+        """What the kernel gives between random heads of which these facts are known.
+
+        They point anywhere in a space of this dimension.
+        """
 
 
 class SubspaceKernel(SharedKernel):

@@ -20,7 +20,7 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
-from skhead._base import check_option, check_same_record
+from skhead._base import check_option, check_same_record, free_dimension
 from skhead._checks import check_count
 from skhead._estimators import SkheadEstimator
 from skhead._nulls import (
@@ -434,7 +434,7 @@ def informativeness(similarity: Similarity, bins: int = 255) -> pd.Series:
                 "single reference describes them; truncate with SubspaceExtractor(rank=...)"
             )
         r, s = (int(found[0]) for found in ranks)
-        moments = haar_moments(r, s, similarity.d_model)
+        moments = haar_moments(r, s, free_dimension(similarity.d_model, similarity.record))
         listed = similarity.listed(pair)
         if np.isnan(listed).all():
             raise ValueError(

@@ -130,9 +130,9 @@ class ProjectionKernel(SubspaceKernel):
         found = self._overlaps(compared.sides, compared.spans())
         return Measured(compared.spread(found, scale), *ranks)
 
-    def _law(self, row_facts: NDArray[Any], column_facts: NDArray[Any]) -> Law:
+    def _law(self, row_facts: NDArray[Any], column_facts: NDArray[Any], dimension: int) -> Law:
         unit = "pk" if self.normalize is None else f"pk/{self.normalize}"
-        return Law(unit, *_haar_summary(row_facts, column_facts, self.d_model_, self.normalize))
+        return Law(unit, *_haar_summary(row_facts, column_facts, dimension, self.normalize))
 
 
 class CompositionScore(MatrixKernel):
@@ -284,7 +284,7 @@ class CompositionScore(MatrixKernel):
         none = (np.zeros((len(side.heads), len(readers))) for side in (rows, reference))
         return Measured(values, *none)
 
-    def _law(self, row_facts: NDArray[Any], column_facts: NDArray[Any]) -> Law:
+    def _law(self, row_facts: NDArray[Any], column_facts: NDArray[Any], dimension: int) -> Law:
         chance = np.full((1, 1, len(self.pairs_)), self.d_model_**-0.5)
         unit = "composition" if self.baseline is None else f"composition/{self.baseline}"
         return Law(unit, self._above_baseline(chance), np.full((1, 1, 1), np.nan))
@@ -330,13 +330,13 @@ class CompositionScore(MatrixKernel):
 def _haar_summary(
     row_ranks: NDArray[np.int64],
     column_ranks: NDArray[np.int64],
-    d_model: int,
+    dimension: int,
     normalize: str | None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mean and sd between random subspaces, of shape (1, 1, n_pairs) where ranks are all equal."""
     if (row_ranks == row_ranks[:1]).all() and (column_ranks == column_ranks[:1]).all():
         row_ranks, column_ranks = row_ranks[:1], column_ranks[:1]
     r, s = row_ranks[:, None, :], column_ranks[None, :, :]
-    moments = haar_moments(r, s, d_model)
+    moments = haar_moments(r, s, dimension)
     scale = rank_scale(r, s, normalize)
     return moments.mean / scale, np.sqrt(moments.variance) / scale

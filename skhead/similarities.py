@@ -99,7 +99,7 @@ class ProcrustesSimilarity(WeightKernel):
         found = self._cross_measures(compared, wanted, lambda _: (nuclear_norms, 0))
         return Measured(compared.spread(found), compared.row_ranks, compared.column_ranks)
 
-    def _law(self, row_facts: NDArray[Any], column_facts: NDArray[Any]) -> Law:
+    def _law(self, row_facts: NDArray[Any], column_facts: NDArray[Any], dimension: int) -> Law:
         return Law("procrustes", _UNKNOWN, _UNKNOWN)
 
 
@@ -174,9 +174,9 @@ class LinearCKA(WeightKernel):
         values = compared.spread(found, lambda p: rows[:, None, p] * columns[None, :, p])
         return Measured(values, rows, columns)
 
-    def _law(self, row_facts: NDArray[Any], column_facts: NDArray[Any]) -> Law:
+    def _law(self, row_facts: NDArray[Any], column_facts: NDArray[Any], dimension: int) -> Law:
         sizes = row_facts[:, None], column_facts[None]
-        law = oriented_overlap_moments(*sizes, _free_dimension(self))
+        law = oriented_overlap_moments(*sizes, dimension)
         scale = sizes[0] * sizes[1]
         return Law("cka", law.mean / scale, np.sqrt(law.variance) / scale)
 
@@ -253,9 +253,9 @@ class SimpleComposition(WeightKernel):
         found = {pair: np.sqrt(np.maximum(values, 0.0)) for pair, values in overlaps.items()}
         return Measured(compared.spread(found), *_gram_sizes(compared))
 
-    def _law(self, row_facts: NDArray[Any], column_facts: NDArray[Any]) -> Law:
+    def _law(self, row_facts: NDArray[Any], column_facts: NDArray[Any], dimension: int) -> Law:
         sizes = row_facts[:, None], column_facts[None]
-        squared = oriented_overlap_moments(*sizes, _free_dimension(self))
+        squared = oriented_overlap_moments(*sizes, dimension)
         law = root_moments(*squared, upper=1.0)
         return Law("simple-composition", law.mean, np.sqrt(law.variance))
 
@@ -385,10 +385,10 @@ class GrassmannDistance(SubspaceKernel):
             values = (1 - values / self._largest(*ranks)).astype(np.float32)
         return Measured(values, *ranks)
 
-    def _law(self, row_facts: NDArray[Any], column_facts: NDArray[Any]) -> Law:
+    def _law(self, row_facts: NDArray[Any], column_facts: NDArray[Any], dimension: int) -> Law:
         mean, sd = _UNKNOWN, _UNKNOWN
         if self.metric == "chordal":
-            mean, sd = _chordal_summary(row_facts[:, None], column_facts[None], self.d_model_)
+            mean, sd = _chordal_summary(row_facts[:, None], column_facts[None], dimension)
         if self.output == "similarity":
             largest = self._largest(row_facts, column_facts)
             mean, sd = 1 - mean / largest, sd / largest
@@ -452,19 +452,14 @@ def _gram_sizes(compared: Compared) -> tuple[NDArray[np.float64], NDArray[np.flo
     return rows, columns
 
 
-def _free_dimension(kernel: WeightKernel) -> int:
-    """Dimension of the space in which the matrices may point anywhere."""
-    return max(kernel.d_model_ - int(kernel.center), 1)
-
-
 def _chordal_summary(
-    r: NDArray[Any], s: NDArray[Any], d_model: int
+    r: NDArray[Any], s: NDArray[Any], dimension: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mean and sd of the chordal distance of random subspaces, its square as if of a Beta law."""
     if (r == r[:1]).all() and (s == s[:, :1]).all():
         r, s = r[:1], s[:, :1]
-    kernel = haar_moments(r, s, d_model)
+    kernel = haar_moments(r, s, dimension)
     smaller = np.minimum(r, s)
-    most = smaller - np.maximum(r + s - d_model, 0)
+    most = smaller - np.maximum(r + s - dimension, 0)
     law = root_moments(smaller - kernel.mean, kernel.variance, most)
     return law.mean, np.sqrt(law.variance)

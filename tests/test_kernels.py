@@ -250,9 +250,11 @@ def test_chance_level_of_composition():
         assert np.sqrt(np.square(values).mean()) == pytest.approx(64**-0.5, rel=0.01)
 
 
-def test_random_subspaces_follow_the_reference():
-    with toy_heads(n_layers=2, n_heads=60, d_model=64, d_head=8) as heads:
-        found = ProjectionKernel().fit_transform(heads)
+@pytest.mark.parametrize("d_model, center", [(64, False), (12, True)])
+def test_random_subspaces_follow_the_reference(d_model, center):
+    with toy_heads(n_layers=2, n_heads=60, d_model=d_model, d_head=d_model // 8) as heads:
+        subspaces = SubspaceExtractor(center=center).fit_transform(heads)
+        found = ProjectionKernel().fit_transform(subspaces)
     z = (found.values[:60, 60:] - found.null_mean) / found.null_sd
     assert abs(z.mean()) < 0.1
     assert z.std() == pytest.approx(1.0, abs=0.05)

@@ -164,7 +164,9 @@ def test_centred_weights_live_in_one_dimension_less():
 
     heads = skhead.load_heads("skhead/induction-2l")
     subspaces = SubspaceExtractor(center=True).fit_transform(heads)
-    found = NullCalibrator().fit_transform(ProjectionKernel().fit_transform(subspaces))
+    similarity = ProjectionKernel().fit_transform(subspaces)
+    assert similarity.null_mean.ravel().tolist() == pytest.approx([16 * 16 / 127] * 3)
+    found = NullCalibrator().fit_transform(similarity)
     score = found.calibration.score[0, 8, 0]
     assert found.calibration.ratio[0, 8, 0] == pytest.approx(score / (16 * 16 / 127), rel=1e-5)
 

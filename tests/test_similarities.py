@@ -303,10 +303,11 @@ def test_distance_as_similarity():
 
 
 @pytest.mark.parametrize("output", ["distance", "similarity"])
-@pytest.mark.parametrize("d_head", [1, 8])
-def test_random_subspaces_are_as_far_as_stated(output, d_head):
-    with toy_heads(n_layers=2, n_heads=60, d_model=40, d_head=d_head) as heads:
-        found = GrassmannDistance(output=output).fit_transform(heads)
+@pytest.mark.parametrize("d_model, d_head, center", [(40, 1, False), (40, 8, False), (20, 8, True)])
+def test_random_subspaces_are_as_far_as_stated(output, d_model, d_head, center):
+    with toy_heads(n_layers=2, n_heads=60, d_model=d_model, d_head=d_head) as heads:
+        subspaces = SubspaceExtractor(center=center).fit_transform(heads)
+        found = GrassmannDistance(output=output).fit_transform(subspaces)
     values = found.values[:60, 60:]
     assert values.mean() == pytest.approx(float(found.null_mean.mean()), rel=0.003)
     assert values.std() == pytest.approx(float(found.null_sd.mean()), rel=0.04)
