@@ -428,11 +428,11 @@ def _sampled_law(law: ReducedLaw, n_draws: int, seed: int) -> _SampledLaw:
 def _fitted_power(anchor: float, slope: float, rank: int, exponent: float) -> float:
     """Exponent of the distance to the far end, from two distances to the near end.
 
-    At most what keeps the tail falling from the anchor on.
+    The log tail is larger at the slope, farther in than the anchor, and concave where the exponent
+    is positive, so that it falls from the anchor on.
     """
     drop = np.log(_SLOPE / _ANCHOR) - exponent * np.log(slope / anchor)
-    fitted = drop / np.log((rank - slope) / (rank - anchor))
-    return float(min(fitted, exponent * (rank - anchor) / anchor))
+    return float(drop / np.log((rank - slope) / (rank - anchor)))
 
 
 def _sampled_tail(y: FloatArray, upper: bool, law: ReducedLaw, sampled: _SampledLaw) -> FloatArray:
