@@ -30,8 +30,9 @@ def largest_entries(
     peaks = np.fmax.reduce(values, axis=1, initial=-np.inf)
     candidates = np.flatnonzero(peaks >= _kth_largest(peaks, k))
     flat = values[candidates].ravel()
-    flat[np.isnan(flat)] = -np.inf
-    chosen = np.flatnonzero((flat >= _kth_largest(flat, k)) & (flat > -np.inf))
+    defined = ~np.isnan(flat)
+    flat[~defined] = -np.inf
+    chosen = np.flatnonzero((flat >= _kth_largest(flat, k)) & defined)
     order = chosen[np.argsort(-flat[chosen], kind="stable")][:k]
     rows, columns = np.divmod(order, values.shape[1])
     return candidates[rows], columns

@@ -23,3 +23,10 @@ def test_equals_a_full_sort(shape, k):
 def test_nothing_defined_selects_nothing():
     rows, columns = largest_entries(np.full((3, 4), np.nan), 5)
     assert len(rows) == len(columns) == 0
+
+
+def test_an_infinite_entry_is_one_of_the_smallest():
+    """Such as an infinite distance with its sign changed, which is defined all the same."""
+    values = np.array([[1.0, -np.inf], [np.nan, 2.0], [-np.inf, np.nan]])
+    rows, columns = largest_entries(values, 6)
+    assert (rows.tolist(), columns.tolist()) == ([1, 0, 0, 2], [1, 0, 1, 0])
