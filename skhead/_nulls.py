@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -208,17 +208,26 @@ class AnisotropicNull(NullLaw):
         rows, columns = _subspaces(similarity)
         mean, z, log_p = np.full((3, *scores.shape), np.nan)
         row_groups, column_groups = (_groups(x.heads, self.by_layer) for x in (rows, columns))
+
+        @cache
+        def row_traces(h: int) -> FloatArray:
+            return _traces(rows.role(pair[0]), self._columns.mean(pair[1], h).matrix)
+
+        @cache
+        def column_traces(g: int) -> FloatArray:
+            return _traces(columns.role(pair[1]), self._rows.mean(pair[0], g).matrix)
+
         for g in np.unique(row_groups):
             for h in np.unique(column_groups):
                 block = np.ix_(np.flatnonzero(row_groups == g), np.flatnonzero(column_groups == h))
                 if np.isnan(scores[block]).all():
                     continue
-                means = (self._rows.mean(pair[0], g), self._columns.mean(pair[1], h))
                 mean[block] = leave_one_out_means(
-                    *means,
+                    self._rows.mean(pair[0], g),
+                    self._columns.mean(pair[1], h),
                     scores[block],
-                    _traces(rows.role(pair[0]), means[1].matrix)[row_groups == g],
-                    _traces(columns.role(pair[1]), means[0].matrix)[column_groups == h],
+                    row_traces(h)[row_groups == g],
+                    column_traces(g)[column_groups == h],
                     self._rows.members(rows.heads, pair[0], g)[row_groups == g],
                     self._columns.members(columns.heads, pair[1], h)[column_groups == h],
                     self.shrinkage,
