@@ -26,7 +26,6 @@ __all__ = [
     "Measured",
     "Sides",
     "check_same_kind",
-    "expand",
     "forward_spans",
     "open_weights",
     "refuse_zero",
@@ -281,13 +280,6 @@ def forward_spans(
 def roles_in(pairs: Sequence[str]) -> list[str]:
     """Roles that the pair kinds name, row roles first."""
     return list(dict.fromkeys([pair[0] for pair in pairs] + [pair[1] for pair in pairs]))
-
-
-def expand(stack: torch.Tensor, index: NDArray[np.int64]) -> torch.Tensor:
-    """One matrix for every head, of a stack that holds each distinct one once."""
-    if len(stack) == len(index) and np.array_equal(index, np.arange(len(index))):
-        return stack
-    return stack[torch.as_tensor(index, device=stack.device)]
 
 
 def open_weights(X: Any, kernel: Any) -> HeadInput:

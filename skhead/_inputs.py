@@ -16,6 +16,7 @@ from skhead._base import HeadInput, open_door
 from skhead._callers import users_level
 from skhead._devices import default_device
 from skhead.exceptions import DegenerateHeadError, HeadShapeError, UnsupportedLayoutError
+from skhead.linalg.stacks import expand
 from skhead.linalg.vocabulary import row_products
 from skhead.weights import head_labels
 from skhead.weights.tokens import TABLES, TokenSpace, read_token_space
@@ -30,7 +31,6 @@ __all__ = [
     "layer_rows",
     "of_sources",
     "open_maps",
-    "per_head",
     "refuse_zero_maps",
     "token_columns",
     "token_matrix",
@@ -63,18 +63,11 @@ class Processing:
     def stack(self, source: HeadInput, role: str) -> torch.Tensor:
         """One matrix for every head, ``(n_heads, d_model, d_head)``."""
         read = source.read(role, **self.options)
-        return per_head(read.tensor, read.index)
+        return expand(read.tensor, read.index)
 
     def tokens(self, source: str, tables: Collection[str] = TABLES) -> TokenSpace:
         """Embedding, unembedding and positions of a source, processed alike."""
         return read_token_space(source, tables=tables, **self.options | {"device": self.place})
-
-
-def per_head(stack: torch.Tensor, index: NDArray[np.int64]) -> torch.Tensor:
-    """One matrix for every head, of a stack that holds each distinct one once."""
-    if np.array_equal(index, np.arange(len(stack))):
-        return stack
-    return stack[torch.as_tensor(index, device=stack.device)]
 
 
 def open_maps(heads: Any, caller: str) -> HeadInput:
@@ -187,7 +180,7 @@ class LayerReader:
             return self._process.stack(heads_at(self._model.heads, rows), role)
         if role not in self._whole:
             self._whole[role] = self._process.stack(self._model.heads, role)
-        return per_head(self._whole[role], rows)
+        return expand(self._whole[role], rows)
 
 
 def refuse_zero_maps(norms: torch.Tensor, heads: pd.DataFrame, name: str, caller: str) -> None:

@@ -59,6 +59,7 @@ __all__ = [
     "PairwiseKernel",
     "SubspaceKernel",
     "WeightKernel",
+    "head_widths",
 ]
 
 LAYER_ORDERS = ("forward", "all")
@@ -426,7 +427,7 @@ class MatrixKernel(SharedKernel):
             measured = self._measure_in_workers(rows.heads, table)
         else:
             measured = self._measure(rows, columns)
-        ranks = _widths(rows.heads, self.pairs_), _widths(reference.heads, self.pairs_)
+        ranks = head_widths(rows.heads, self.pairs_), head_widths(reference.heads, self.pairs_)
         record = RAW | {"fold_norm": self.fold_norm, "center": self.center}
         heads = rows.heads, reference.heads
         return self._output(self._similarity(measured, heads, ranks, record))
@@ -480,8 +481,8 @@ class WeightKernel(MatrixKernel):
                 reference.heads,
                 {role: index for role, (_, index) in own.items()},
                 {role: index for role, (_, index) in read.items()},
-                _widths(rows.heads, self.pairs_),
-                _widths(reference.heads, self.pairs_),
+                head_widths(rows.heads, self.pairs_),
+                head_widths(reference.heads, self.pairs_),
                 self.layer_order,
             )
         )
@@ -501,6 +502,6 @@ class WeightKernel(MatrixKernel):
         """Values of all pairs, and what the law of random heads asks of every head."""
 
 
-def _widths(heads: pd.DataFrame, pairs: Sequence[str]) -> NDArray[np.int64]:
+def head_widths(heads: pd.DataFrame, pairs: Sequence[str]) -> NDArray[np.int64]:
     """Columns of the matrices of every head, for every pair kind."""
     return np.repeat(heads["d_head"].to_numpy()[:, None], len(pairs), axis=1)

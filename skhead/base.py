@@ -9,8 +9,9 @@ import pandas as pd
 import torch
 
 from skhead._base import ANONYMOUS, ROLES, HeadEstimator, check_option, open_door
-from skhead._compared import expand, refuse_zero
+from skhead._compared import refuse_zero
 from skhead._tags import HeadTags, declare
+from skhead.linalg.stacks import expand
 from skhead.weights import head_labels
 
 __all__ = [

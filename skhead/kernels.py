@@ -16,16 +16,17 @@ from skhead._base import (
     goes_forward,
     rank_scale,
 )
-from skhead._compared import Compared, Law, Measured, Sides, expand, forward_spans
+from skhead._compared import Compared, Law, Measured, Sides, forward_spans
+from skhead._inputs import refuse_zero_maps
 from skhead._pairwise import LAYER_ORDERS, MatrixKernel, SubspaceKernel
 from skhead._progress import reports_fit
 from skhead._tags import HeadTags
 from skhead._tiling import Factors
-from skhead.exceptions import DegenerateHeadError, HeadShapeError
+from skhead.exceptions import HeadShapeError
 from skhead.linalg.factored import map_factors
 from skhead.linalg.precision import MATMUL_PRECISIONS
+from skhead.linalg.stacks import expand
 from skhead.stats.haar import haar_moments
-from skhead.weights import head_labels
 
 __all__ = ["CompositionScore", "ProjectionKernel"]
 
@@ -316,15 +317,9 @@ class CompositionScore(MatrixKernel):
     ) -> tuple[torch.Tensor, NDArray[np.float64]]:
         """Factors of the maps through which the heads write or read, and their norms, none zero."""
         factors, found = map_factors(outer, inner)
-        norms = found.cpu().numpy().astype(np.float64)
-        zero = np.flatnonzero(norms == 0)
-        if zero.size:
-            name, label = "OV" if pair == "OV" else "QK", head_labels(source.heads)[zero[0]]
-            raise DegenerateHeadError(
-                f"{type(self).__name__}: the {name} map of {label} is zero, so that nothing "
-                "composes with it; drop the head, for example heads.drop(index=...)"
-            )
-        return factors, norms
+        name = "OV" if pair == "OV" else "QK"
+        refuse_zero_maps(found, source.heads, name, type(self).__name__)
+        return factors, found.cpu().numpy().astype(np.float64)
 
 
 def _haar_summary(

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
 
 from skhead._base import ANONYMOUS, HeadInput, defined_pairs
-from skhead._compared import check_same_kind, expand, open_weights, refuse_zero
-from skhead._pairwise import ROLE_PAIRS, PairwiseKernel
+from skhead._compared import check_same_kind, open_weights, refuse_zero
+from skhead._pairwise import ROLE_PAIRS, PairwiseKernel, head_widths
 from skhead._progress import reports_fit
 from skhead._tags import HeadTags
 from skhead.containers import Similarity
 from skhead.linalg.alignments import map_singular_values, singular_values, unit_stack
+from skhead.linalg.stacks import expand
 
 __all__ = ["SpectrumSimilarity"]
 
@@ -177,10 +178,7 @@ class SpectrumSimilarity(PairwiseKernel):
             shared = min(a.shape[1], b.shape[1])
             defined = defined_pairs(rows, columns, first == second, self.layer_order)
             values[:, :, p] = np.where(defined, a[:, :shared] @ b[:, :shared].T, np.nan)
-        ranks = [
-            np.repeat(heads["d_head"].to_numpy()[:, None], len(self.pairs_), axis=1)
-            for heads in (rows, columns)
-        ]
+        ranks = tuple(head_widths(heads, self.pairs_) for heads in (rows, columns))
         record = {"fold_norm": self.fold_norm, "center": self.center, "rank": None}
         unknown = np.full((1, 1, 1), np.nan)
         return self._output(

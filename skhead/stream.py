@@ -19,12 +19,12 @@ from skhead._inputs import (
     layer_rows,
     of_sources,
     open_maps,
-    per_head,
     refuse_zero_maps,
 )
 from skhead._progress import progress_bar
 from skhead.linalg.factored import map_factors
 from skhead.linalg.paths import erasure_statistics, head_maps, stream_dimensions
+from skhead.linalg.stacks import expand
 from skhead.linalg.topk import largest_entries
 
 __all__ = ["erasures", "stream_usage"]
@@ -116,7 +116,7 @@ def _layer_usage(
             "role": role,
             "n_heads": len(ranks),
         }
-        rows.append(keys | _usage(per_head(basis.tensor, basis.index), ranks, earlier))
+        rows.append(keys | _usage(expand(basis.tensor, basis.index), ranks, earlier))
     return rows
 
 

@@ -13,8 +13,9 @@ import torch
 
 from skhead._circuits.scores import GROUPS, HeadStacks, Surroundings, TokenEnds
 from skhead.linalg.positions import unit_rows
+from skhead.linalg.stacks import expand
 from skhead.linalg.vocabulary import Vocabulary, row_products
-from skhead.weights import RoleStack, describe_sources, read_role
+from skhead.weights import describe_sources, read_role
 from skhead.weights.tokens import Rotary, TokenSpace, read_token_space
 
 __all__ = ["ModelReader", "Reading"]
@@ -86,7 +87,7 @@ class ModelReader:
         roles, eps = {}, {}
         for role in "QKVO":
             read = read_role(rows, role, **self.reading.processing)
-            roles[role] = _one_each(read)
+            roles[role] = expand(read.tensor, read.index)
             eps[role] = torch.from_numpy(read.eps[read.index])
         return HeadStacks(roles, eps)
 
@@ -242,13 +243,6 @@ def _unfoldable(space: TokenSpace) -> dict[str, str]:
             why = f"{space.missing[gain]}, the gain of the norm {norm} to fold with fold_norm=True"
             reasons |= {table: why for table in tables if table not in space.missing}
     return reasons
-
-
-def _one_each(read: RoleStack) -> torch.Tensor:
-    """One matrix for every head; the stack itself where it holds them in that order."""
-    if np.array_equal(read.index, np.arange(len(read.tensor))):
-        return read.tensor
-    return read.tensor[torch.as_tensor(read.index, device=read.tensor.device)]
 
 
 def _mean_row(vectors: torch.Tensor, normed: bool) -> torch.Tensor:

@@ -16,6 +16,7 @@ __all__ = [
     "StoredStack",
     "copy_transposed",
     "dense",
+    "expand",
     "new_empty",
     "stack_norms",
 ]
@@ -81,6 +82,25 @@ def dense(stack: Stack) -> torch.Tensor:
     stack : Tensor or StoredStack
     """
     return stack if isinstance(stack, torch.Tensor) else stack[:]
+
+
+def expand(stack: torch.Tensor, index: NDArray[np.int64]) -> torch.Tensor:
+    """One matrix for every head, of a stack that holds each distinct one once.
+
+    Parameters
+    ----------
+    stack : Tensor of shape (n_distinct, d_model, width)
+    index : ndarray of shape (n_heads,)
+        Matrix of the stack that every head uses.
+
+    Returns
+    -------
+    Tensor of shape (n_heads, d_model, width)
+        The stack itself where every head has one of its own, in order.
+    """
+    if np.array_equal(index, np.arange(len(stack))):
+        return stack
+    return stack[torch.as_tensor(index, device=stack.device)]
 
 
 def new_empty(stack: Stack, *shape: int) -> torch.Tensor:

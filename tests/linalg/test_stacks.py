@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from skhead.linalg.stacks import (
     StoredStack,
     copy_transposed,
     dense,
+    expand,
     new_empty,
     stack_norms,
 )
@@ -38,6 +40,12 @@ class Recorded(StoredStack):
 @pytest.fixture
 def tensor():
     return torch.randn(5, 12, 3, generator=torch.Generator().manual_seed(0))
+
+
+def test_every_head_gets_the_matrix_that_it_uses(tensor):
+    assert expand(tensor, np.arange(5)) is tensor
+    for index in ([0, 0, 3, 3], [0, 1], [4, 3, 2, 1, 0], []):
+        assert torch.equal(expand(tensor, np.array(index, dtype=int)), tensor[index])
 
 
 def test_turned_heads_are_copies_of_slices(tensor):
