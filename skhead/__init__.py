@@ -41,7 +41,7 @@ _EXPORTS = {
     "compare_scores": "skhead._agreement",
     "dynamic_scores": "skhead.dynamics",
     "erasures": "skhead.stream",
-    "head_permutation_test": "skhead.calibration",
+    "head_permutation_test": "skhead.permutations",
     "hub_table": "skhead.graph",
     "identity_scores": "skhead.circuits",
     "induction_pairs": "skhead.induction",
