@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import torch
 
+from skhead.linalg.factored import cross_products, runs
+
 __all__ = [
     "composed_cosines",
     "composed_matching",
@@ -22,8 +24,6 @@ __all__ = [
     "symmetric_shares",
 ]
 
-#: Bytes of scratch for the pairs of heads that are handled at once.
-_SCRATCH = 2**27
 #: Sum of the moduli of eigenvalues, relative to the factors' norms, that float64 cannot tell
 #: from zero.
 _ZERO = 1e-14
@@ -156,10 +156,12 @@ def composed_matching(
     are many.
     """
     later, queries = w_k2.double(), gram_E.double() @ w_q2.double()
-    parts = [
-        _composed_ratios(w_v1[rows].double(), w_o1[rows].double(), queries, later)
-        for rows in _row_chunks(w_v1, w_q2)
-    ]
+    each = 3 * 8 * len(w_q2) * max(w_v1.shape[2], w_q2.shape[2]) ** 2
+    parts = []
+    for rows in runs(len(w_v1), each):
+        keys = cross_products(w_o1[rows].double(), later)
+        reads = cross_products(w_v1[rows].double(), queries)
+        parts.append(eigenvalue_ratios(_smaller(keys, reads)))
     return torch.cat(parts)
 
 
@@ -192,9 +194,7 @@ def composed_cosines(
     n_1, n_2, d_model = len(w_v1), len(w_q2), w_v1.shape[1]
     sums = w_v1.new_zeros(n_1, n_2)
     squares_1, squares_2 = w_v1.new_zeros(n_1), w_v1.new_zeros(n_2)
-    width = max(_SCRATCH // ((n_1 + n_2) * d_model * w_v1.element_size()), 1)
-    for start in range(0, d_model, width):
-        panel = slice(start, start + width)
+    for panel in runs(d_model, (n_1 + n_2) * d_model * w_v1.element_size()):
         moved = (w_v1[:, panel] @ w_o1.mT).flatten(1)
         matched = (queries[:, panel] @ w_k2.mT).flatten(1)
         sums += moved @ matched.T
@@ -223,29 +223,8 @@ def paired_matching(
     return eigenvalue_ratios(_smaller(keys, reads))
 
 
-def _composed_ratios(
-    w_v1: torch.Tensor, w_o1: torch.Tensor, queries: torch.Tensor, later: torch.Tensor
-) -> torch.Tensor:
-    keys, reads = _cross(w_o1, later), _cross(w_v1, queries)
-    return eigenvalue_ratios(_smaller(keys, reads))
-
-
-def _cross(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``a_i^T b_j`` of all pairs, (n_a, n_b, r_a, r_b), as one product."""
-    (n_a, d_model, r_a), (n_b, _, r_b) = a.shape, b.shape
-    flat = a.mT.reshape(n_a * r_a, d_model) @ b.mT.reshape(n_b * r_b, d_model).T
-    return flat.view(n_a, r_a, n_b, r_b).transpose(1, 2)
-
-
 def _smaller(keys: torch.Tensor, reads: torch.Tensor) -> torch.Tensor:
     """The composed circuit on the side with the smaller d_head."""
     if keys.shape[-2] < keys.shape[-1]:
         return reads @ keys.mT
     return keys.mT @ reads
-
-
-def _row_chunks(rows: torch.Tensor, columns: torch.Tensor) -> list[slice]:
-    """Runs of row heads whose cross products with all column heads fit the scratch."""
-    each = 3 * 8 * len(columns) * max(rows.shape[2], columns.shape[2]) ** 2
-    step = max(_SCRATCH // each, 1)
-    return [slice(start, start + step) for start in range(0, len(rows), step)]

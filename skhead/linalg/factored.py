@@ -12,16 +12,18 @@ from skhead.linalg.precision import wide
 
 __all__ = [
     "Spectrum",
+    "cross_products",
     "frobenius_norms",
     "gram_roots",
     "map_factors",
     "map_spectra",
     "product_norms",
+    "runs",
     "signed_identity",
     "spectrum_summaries",
 ]
 
-#: Bytes of float64 copies of heads that are made at once.
+#: Bytes of scratch for what is handled at once.
 _SCRATCH = 2**27
 #: Norm of a map, relative to those of its sides, below which it is formed in float64.
 _CANCELLING = 1e-2
@@ -140,6 +142,39 @@ def product_norms(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         a, b = a.double(), b.double()
         parts.append(((a.mT @ a) * (b.mT @ b)).sum((-2, -1)).clamp_min(0).sqrt())
     return torch.cat(parts)
+
+
+def cross_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``left_i^T right_j`` of all pairs of heads, as one product.
+
+    Parameters
+    ----------
+    left, right : Tensor of shape (n_left, d_model, r), (n_right, d_model, s)
+
+    Returns
+    -------
+    Tensor of shape (n_left, n_right, r, s)
+    """
+    (n_left, d_model, r), (n_right, _, s) = left.shape, right.shape
+    flat = left.mT.reshape(n_left * r, d_model) @ right.mT.reshape(n_right * s, d_model).T
+    return flat.view(n_left, r, n_right, s).transpose(1, 2)
+
+
+def runs(length: int, bytes_each: int) -> list[slice]:
+    """Runs of heads, or of whatever lies side by side, whose work fits into 128 MiB.
+
+    Parameters
+    ----------
+    length : int
+    bytes_each : int
+        What the work on one of them takes; a run holds one at least.
+
+    Returns
+    -------
+    list of slice
+    """
+    step = max(_SCRATCH // bytes_each, 1)
+    return [slice(start, start + step) for start in range(0, length, step)]
 
 
 def signed_identity(w_v: torch.Tensor, w_o: torch.Tensor, ranks: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from skhead.linalg.bases import orthonormal_bases
-from skhead.linalg.factored import gram_roots, product_norms
+from skhead.linalg.factored import cross_products, gram_roots, product_norms, runs
 from skhead.linalg.topk import largest_entries
 
 __all__ = [
@@ -29,8 +29,6 @@ __all__ = [
     "stream_dimensions",
 ]
 
-#: Bytes of scratch for the pairs of heads that are handled at once.
-_SCRATCH = 2**27
 #: Share of the largest weight below which a direction is not told from rounding in float32.
 _UNUSED = 1e-10
 
@@ -98,7 +96,7 @@ class StreamedMaps:
             if not places.size:
                 continue
             w_o, place_of = self.outputs(rows), {int(row): i for i, row in enumerate(rows)}
-            for part in _chunks(len(places), 3 * 8 * self.w_v[0].numel()):
+            for part in runs(len(places), 3 * 8 * self.w_v[0].numel()):
                 chosen = places[part]
                 left = w_o[[place_of[int(head)] for head in before[chosen]]].double()
                 at = torch.as_tensor(chosen, device=found.device)
@@ -163,7 +161,7 @@ def _extend(
         rows, following = np.flatnonzero(lasts == last), np.flatnonzero(allowed[last])
         if not rows.size:
             continue
-        for part in _chunks(len(following), maps.w_v.element_size() * w_o.numel()):
+        for part in runs(len(following), maps.w_v.element_size() * w_o.numel()):
             some = following[part]
             links = w_o.mT @ maps.w_v[some] @ ends[some]
             extended[np.ix_(rows, some)] = _extension_norms(lefts[rows], links)
@@ -173,10 +171,9 @@ def _extension_norms(lefts: torch.Tensor, links: torch.Tensor) -> NDArray[np.flo
     """``||left_i link_j||_F`` for all paths i and all heads j that may follow."""
     (n_paths, r, _), (n_links, _, s) = lefts.shape, links.shape
     flat = links.permute(1, 0, 2).reshape(r, n_links * s)
-    step = max(_SCRATCH // (lefts.element_size() * r * n_links * s), 1)
     parts = []
-    for start in range(0, n_paths, step):
-        product = (lefts[start : start + step].reshape(-1, r) @ flat).view(-1, r, n_links, s)
+    for some in runs(n_paths, lefts.element_size() * r * n_links * s):
+        product = (lefts[some].reshape(-1, r) @ flat).view(-1, r, n_links, s)
         parts.append(product.double().square().sum((1, 3)).sqrt())
     norms: NDArray[np.float64] = torch.cat(parts).cpu().numpy()
     return norms
@@ -241,7 +238,7 @@ def head_maps(w_v: torch.Tensor, w_o: torch.Tensor) -> HeadMaps:
     cores = [
         (reads.vectors[rows].double().mT @ w_v[rows].double())
         @ (w_o[rows].double().mT @ writes.vectors[rows].double())
-        for rows in _chunks(len(w_v), 3 * 8 * w_v[0].numel())
+        for rows in runs(len(w_v), 3 * 8 * w_v[0].numel())
     ]
     freedom = (reads.ranks * writes.ranks).double().to(w_v.device)
     return HeadMaps(reads.vectors, torch.cat(cores), writes.vectors, freedom)
@@ -279,12 +276,12 @@ def induction_statistics(
     width = maps.cores.shape[1]
     each = 4 * 8 * len(w_k) * width * max(width, w_k.shape[2])
     parts = []
-    for rows in _chunks(len(maps.cores), each):
+    for rows in runs(len(maps.cores), each):
         some = maps.take(rows)
-        written = _cross(some.writes.double(), w_k)
+        written = cross_products(some.writes.double(), w_k)
         composed = torch.linalg.matrix_norm(some.cores[:, None] @ written @ roots)
         composed = composed / (torch.linalg.matrix_norm(some.cores)[:, None] * sizes)
-        inner = _cross(some.reads.double(), queries) @ written.mT
+        inner = cross_products(some.reads.double(), queries) @ written.mT
         parts.append(torch.stack([composed, _deviations(some, inner)]))
     composition, deviations = torch.cat(parts, dim=1)
     return composition, deviations
@@ -315,9 +312,11 @@ def erasure_statistics(
     sizes = torch.linalg.matrix_norm(earlier.cores)
     each = 4 * 8 * len(sizes) * written.shape[2] * max(written.shape[2], later.cores.shape[1])
     parts = []
-    for rows in _chunks(len(later.cores), each):
+    for rows in runs(len(later.cores), each):
         some = later.take(rows)
-        read, returned = (_cross(bases.double(), written) for bases in (some.reads, some.writes))
+        read, returned = (
+            cross_products(bases.double(), written) for bases in (some.reads, some.writes)
+        )
         inner = read @ returned.mT
         overlap = (some.cores[:, None] * inner).sum((-2, -1))
         through = torch.linalg.matrix_norm(read.mT @ some.cores[:, None])
@@ -360,16 +359,3 @@ def _deviations(maps: HeadMaps, inner: torch.Tensor) -> torch.Tensor:
     sizes = torch.linalg.matrix_norm(maps.cores)[:, None] * torch.linalg.matrix_norm(inner)
     deviations: torch.Tensor = maps.freedom.sqrt()[:, None] * overlap / sizes
     return deviations
-
-
-def _cross(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``a_i^T b_j`` of all pairs, of shape (n_a, n_b, r_a, r_b), as one product."""
-    (n_a, d_model, r_a), (n_b, _, r_b) = a.shape, b.shape
-    flat = a.mT.reshape(n_a * r_a, d_model) @ b.permute(1, 0, 2).reshape(d_model, n_b * r_b)
-    return flat.view(n_a, r_a, n_b, r_b).transpose(1, 2)
-
-
-def _chunks(n_heads: int, bytes_each: int) -> list[slice]:
-    """Runs of heads whose work fits the scratch."""
-    step = max(_SCRATCH // bytes_each, 1)
-    return [slice(start, start + step) for start in range(0, n_heads, step)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from skhead.linalg import circuits
+from skhead.linalg import factored
 from skhead.linalg.circuits import (
     composed_cosines,
     composed_matching,
@@ -120,7 +120,7 @@ def test_composed_matching_in_small_pieces_is_the_same(monkeypatch):
     q, k, v, o = (draw(5, D_MODEL, 4, seed=s) for s in range(4))
     gram = draw(D_MODEL, D_MODEL, seed=5)
     whole, cosines = (f(q, k, v, o, gram) for f in (composed_matching, composed_cosines))
-    monkeypatch.setattr(circuits, "_SCRATCH", 1)
+    monkeypatch.setattr(factored, "_SCRATCH", 1)
     torch.testing.assert_close(composed_matching(q, k, v, o, gram), whole)
     torch.testing.assert_close(composed_cosines(q, k, v, o, gram), cosines)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import skhead.linalg.paths as paths
+import skhead.linalg.factored as factored
 from skhead.linalg.paths import (
     StreamedMaps,
     best_paths,
@@ -218,7 +218,7 @@ def test_small_scratch_changes_nothing(monkeypatch):
         return [torch.from_numpy(steps), torch.from_numpy(scores), maps.cores, *found]
 
     expected = everything()
-    monkeypatch.setattr(paths, "_SCRATCH", 1)
+    monkeypatch.setattr(factored, "_SCRATCH", 1)
     for a, b in zip(expected, everything(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
