@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from scipy.special import log_ndtr
 
 from skhead._base import extract_subspaces, free_dimension, open_door, rank_scale
 from skhead._devices import with_less_memory
@@ -29,7 +28,7 @@ from skhead.stats.empirical import EmpiricalNull, fit_empirical_null
 from skhead.stats.haar import HaarMoments, haar_moments
 from skhead.stats.haar_tails import haar_log_pvalue
 from skhead.stats.leave_out import leave_one_out_means
-from skhead.stats.log_tails import pearson3_log_tail
+from skhead.stats.log_tails import normal_log_p, pearson3_log_tail
 from skhead.stats.macg import projector_from_covariance
 from skhead.stats.polish import MedianPolish, median_polish
 from skhead.stats.signflip import pooled_eigenbasis, signflip_moments
@@ -114,13 +113,6 @@ def plain_scores(similarity: Similarity, p: int) -> FloatArray:
         return scores
     r, s = similarity.row_ranks[:, None, p], similarity.column_ranks[None, :, p]
     return np.asarray(scores * rank_scale(r, s, normalize))
-
-
-def normal_log_p(z: FloatArray, side: str) -> FloatArray:
-    """Natural log of the normal p-value of a deviation."""
-    if side == "two":
-        return np.minimum(np.log(2) + log_ndtr(-np.abs(z)), 0.0)
-    return log_ndtr(-z if side == "upper" else z)
 
 
 class HaarNull(NullLaw):

@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from scipy.optimize import isotonic_regression, minimize
-from scipy.special import log_ndtr, ndtri_exp
+from scipy.special import ndtri_exp
+
+from skhead.stats.log_tails import normal_log_p
 
 __all__ = ["EmpiricalNull", "LocalFDR", "fit_empirical_null", "local_fdr"]
 
@@ -118,18 +120,11 @@ class EmpiricalNull:
         >>> null.log_p([1.0, 5.0], side="upper").round(2).tolist()
         [-0.69, -3.78]
         """
-        z = self.z(values, tails)
-        if side == "upper":
-            log_p = log_ndtr(-z)
-        elif side == "lower":
-            log_p = log_ndtr(z)
-        elif side == "two":
-            log_p = np.minimum(np.log(2) + log_ndtr(-np.abs(z)), 0.0)
-        else:
+        if side not in ("two", "upper", "lower"):
             raise ValueError(
                 f"EmpiricalNull.log_p: side must be 'two', 'upper' or 'lower', got {side!r}"
             )
-        return np.asarray(log_p, dtype=np.float64)
+        return normal_log_p(self.z(values, tails), side)
 
 
 @dataclass(frozen=True, eq=False)

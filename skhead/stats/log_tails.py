@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-__all__ = ["beta_log_tail", "log_difference", "log_one_minus", "pearson3_log_tail"]
+__all__ = ["beta_log_tail", "log_difference", "log_one_minus", "normal_log_p", "pearson3_log_tail"]
 
 FloatArray = NDArray[np.float64]
 
@@ -35,6 +35,13 @@ def log_difference(log_p: FloatArray, log_q: FloatArray | float) -> FloatArray:
     with np.errstate(invalid="ignore"):
         gap = np.where(np.isneginf(log_q), -np.inf, log_q - log_p)
     return log_p + log_one_minus(np.where(np.isneginf(log_p), 0.0, gap))
+
+
+def normal_log_p(z: FloatArray, side: str) -> FloatArray:
+    """Log p-value of a normal deviation; `side` is "two", "upper" or "lower"."""
+    tail = -np.abs(z) if side == "two" else -z if side == "upper" else z
+    logs: FloatArray = special.log_ndtr(tail)
+    return np.minimum(logs + np.log(2), 0.0) if side == "two" else logs
 
 
 def pearson3_log_tail(z: FloatArray, skewness: float, upper: bool) -> FloatArray:
