@@ -122,7 +122,7 @@ class PairwiseKernel(HeadEstimator):
             Or a DataFrame of its 2-D form, after ``set_output(transform="pandas")``.
         """
         self._fit(X)
-        return self._compare_with_reference(None)
+        return self._compare_with_reference()
 
     def _output(self, similarity: Similarity) -> Any:
         """The container, or its 2-D form where the user has asked for data frames."""
@@ -293,7 +293,7 @@ class SubspaceKernel(SharedKernel):
         check_same_record(reference.record, rows.record, name)
         return self._output(self._compare(rows, reference))
 
-    def _compare_with_reference(self, given: None) -> Any:
+    def _compare_with_reference(self) -> Any:
         """Compare the reference heads with each other."""
         if isinstance(self._reference, pd.DataFrame):
             return self._output(self._from_workers(self._reference, None))
@@ -418,7 +418,7 @@ class MatrixKernel(SharedKernel):
     def _open(self, X: Any) -> HeadInput:
         return open_weights(X, self)
 
-    def _compare_with_reference(self, given: HeadInput | None) -> Any:
+    def _compare_with_reference(self, given: HeadInput | None = None) -> Any:
         """Compare heads, or with None the reference heads themselves, with the reference."""
         rows, columns = (self._reference, None) if given is None else (given, self._reference)
         reference = self._reference

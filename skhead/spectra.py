@@ -166,7 +166,7 @@ class SpectrumSimilarity(PairwiseKernel):
         check_same_kind(anonymous, ANONYMOUS in spectra, type(self).__name__)
         return self._compare(heads, spectra)
 
-    def _compare_with_reference(self, given: None) -> Any:
+    def _compare_with_reference(self) -> Any:
         return self._compare(self.reference_heads_, self.reference_spectra_)
 
     def _compare(self, rows: pd.DataFrame, spectra: Spectra) -> Any:
