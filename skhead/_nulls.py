@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -214,16 +216,17 @@ class AnisotropicNull(NullLaw):
                 block = np.ix_(np.flatnonzero(row_groups == g), np.flatnonzero(column_groups == h))
                 if np.isnan(scores[block]).all():
                     continue
-                mean[block] = leave_one_out_means(
-                    self._rows.mean(pair[0], g),
-                    self._columns.mean(pair[1], h),
-                    scores[block],
-                    row_traces(h)[row_groups == g],
-                    column_traces(g)[column_groups == h],
-                    self._rows.members(rows.heads, pair[0], g)[row_groups == g],
-                    self._columns.members(columns.heads, pair[1], h)[column_groups == h],
-                    self.shrinkage,
-                )
+                with _naming_pair("anisotropic", pair):
+                    mean[block] = leave_one_out_means(
+                        self._rows.mean(pair[0], g),
+                        self._columns.mean(pair[1], h),
+                        scores[block],
+                        row_traces(h)[row_groups == g],
+                        column_traces(g)[column_groups == h],
+                        self._rows.members(rows.heads, pair[0], g)[row_groups == g],
+                        self._columns.members(columns.heads, pair[1], h)[column_groups == h],
+                        self.shrinkage,
+                    )
                 moments = self.moments(pair, int(g), int(h))
                 z[block] = (scores[block] - mean[block]) / np.sqrt(moments.variance)
                 skewness = _skewness(similarity, p, moments.effective_dimension)
@@ -338,15 +341,15 @@ class EmpiricalLaw(NullLaw):
         same_heads = similarity.rows.equals(similarity.columns)
         for p, pair in enumerate(similarity.pairs):
             logs = self._log(similarity, p, plain_scores(similarity, p))
-            if same_heads and np.array_equal(logs, logs.T, equal_nan=True):
-                found = median_polish(logs, tol=_MIRRORED_TOLERANCE, symmetric=True)
-            else:
-                found = median_polish(logs)
+            mirrored = same_heads and np.array_equal(logs, logs.T, equal_nan=True)
+            options: dict[str, Any] = {}
+            if mirrored:
+                options = {"tol": _MIRRORED_TOLERANCE, "symmetric": True}
+            with _naming_pair("empirical", pair):
+                found = median_polish(logs, **options)
+                unlisted = np.isnan(similarity.listed(pair))
+                self.bulk[pair] = fit_empirical_null(np.where(unlisted, np.nan, found.residuals))
             self.polish[pair] = found
-            residuals = np.where(
-                np.isnan(similarity.listed(pair)), np.nan, self.polish[pair].residuals
-            )
-            self.bulk[pair] = fit_empirical_null(residuals)
 
     def judge(self, similarity: Similarity, p: int, scores: FloatArray, side: str) -> Judgement:
         pair = similarity.pairs[p]
@@ -368,6 +371,20 @@ class EmpiricalLaw(NullLaw):
                 f"{scores[i, j]:.6g}; use another null, or leave the head out"
             )
         return np.log(np.asarray(scores, dtype=np.float64))
+
+
+@contextmanager
+def _naming_pair(null: str, pair: str) -> Iterator[None]:
+    """Say which null and pair kind an error of the statistics is about."""
+    try:
+        yield
+    except HeadShapeError:
+        raise
+    except ValueError as error:
+        raise ValueError(
+            f"NullCalibrator: null={null!r} cannot be fitted to the {pair} pairs ({error}); give "
+            "it more heads, or use null='haar'"
+        ) from error
 
 
 class _FittedSide:

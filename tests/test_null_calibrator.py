@@ -465,6 +465,22 @@ def test_permutation_test_refuses(statistic, options, message):
         head_permutation_test(similarity, statistic, **options)
 
 
+@pytest.mark.parametrize(
+    "null, n_heads, reason",
+    [
+        ("empirical", 2, "OK pairs .* 20 finite values, got 12"),
+        ("empirical", 1, "OK pairs .* 20 finite values, got 3"),
+        ("anisotropic", 1, "OK pairs .*a group of one head"),
+    ],
+)
+def test_too_few_heads_for_a_null(null, n_heads, reason):
+    with toy_heads(n_layers=3, n_heads=n_heads) as heads:
+        found = ProjectionKernel(pairs=["OK"]).fit_transform(heads)
+        groups = "layer" if null == "anisotropic" else None
+        with pytest.raises(ValueError, match=f"NullCalibrator: null='{null}' .* {reason}"):
+            NullCalibrator(null=null, groups=groups).fit_transform(found)
+
+
 @pytest.mark.parametrize("null", NULLS)
 def test_rows_without_a_defined_pair_stay_undefined(null):
     with toy_heads(n_layers=3, n_heads=6) as heads:
