@@ -347,7 +347,7 @@ class QKPairs(ShowsSummary, Frozen):
                 "feature": self.features,
                 "positive": np.count_nonzero(agreement == 1, axis=0),
                 "negative": np.count_nonzero(agreement == 0, axis=0),
-                "not labelled": np.count_nonzero(np.isnan(agreement), axis=0),
+                "not labelled": np.count_nonzero(agreement == -1, axis=0),
             }
         )
         return Summary(facts, [Listing("pairs of a query and a key", counts)])

@@ -38,6 +38,12 @@ def test_agreement_of_labels_and_missing_ones():
     assert numbers.agreement.ravel().tolist() == [-1, 1, -1, 0, -1, -1]
 
 
+def test_the_summary_counts_pairs_without_a_label():
+    pairs = small()
+    counts = pairs._summary().listings[0].frame
+    assert counts[["positive", "negative", "not labelled"]].values.tolist() == [[1, 2, 3]]
+
+
 def test_a_missing_label_among_texts_is_missing():
     pairs = small(
         query_labels=["a", float("nan"), "b"], key_labels=["b", np.nan, None, "a", "b", "c"]
