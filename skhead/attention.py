@@ -14,15 +14,13 @@ from skhead._heads import layer_sizes, named_heads
 from skhead._qk.collecting import collect_pairs
 from skhead._qk.doors import generator
 from skhead._qk.exchange import MODEL_MEASURES, Exchange
-from skhead._qk.interventions import Choices, random_conditions
+from skhead._qk.interventions import ALL, NONE, Choices, check_conditions, random_conditions
 from skhead.exceptions import HeadShapeError
 from skhead.qk_pairs import QKPairs
 from skhead.qk_prompts import QKPrompts
 from skhead.weights.running import open_bridge
 
 __all__ = ["collect_qk", "intervene_on_model"]
-
-_NONE, _ALL = "none", "all"
 
 
 def collect_qk(model: Any, prompts: QKPrompts, heads: Any) -> dict[str, QKPairs]:
@@ -250,12 +248,8 @@ def _bases(
 ) -> dict[str, NDArray[np.floating]]:
     """Subspace of each condition."""
     features = list(decomposer.feature_names_)
-    if {_NONE, _ALL} & set(features):
-        raise ValueError(
-            f"{caller}: features must not be named {_NONE!r} or {_ALL!r}, which are conditions of "
-            f"their own; got {', '.join(features)}"
-        )
-    known = [_NONE, *features, _ALL]
+    check_conditions(features, caller)
+    known = [NONE, *features, ALL]
     if conditions is None:
         conditions = known if len(features) > 1 else known[:-1]
     unknown = [name for name in conditions if name not in known]
@@ -265,9 +259,9 @@ def _bases(
         )
     bases: dict[str, NDArray[np.floating]] = {}
     for name in conditions:
-        named = () if name == _ALL else (name,)
+        named = () if name == ALL else (name,)
         empty = np.zeros((pairs.d_head, 0))
-        bases[name] = empty if name == _NONE else np.asarray(decomposer.key_subspace(*named))
+        bases[name] = empty if name == NONE else np.asarray(decomposer.key_subspace(*named))
         if len(bases[name]) != pairs.d_head:
             raise HeadShapeError(
                 f"{caller}: the subspace of {name} has d_head {len(bases[name])}, and the keys of "

@@ -391,10 +391,10 @@ class ContrastiveQKDecomposer(TransformerMixin, FeatureReader):
                 f"{self._name}: was fitted on the features {', '.join(self._columns)}, and these "
                 f"pairs have {', '.join(pairs.features)}"
             )
-        parts = self.attribute(pairs)
+        parts, _ = self._split(self._own(pairs), self.decompositions_, pairs.scale)
         areas = []
         named = {sums.name: sums for sums in self._sums.values()}
-        for name in self.decompositions_:
+        for place, name in enumerate(self.decompositions_):
             sums = named[name]
             kinds = sums.weigh(pairs).kinds
             used = kinds >= 0
@@ -405,7 +405,7 @@ class ContrastiveQKDecomposer(TransformerMixin, FeatureReader):
                     f"{self._name}: feature {name!r} has {np.sum(kinds == 1)} pairs that agree and "
                     f"{np.sum(kinds == 0)} that differ; a score needs both"
                 )
-            areas.append(roc_auc_score(kinds[used], parts[name][used]))
+            areas.append(roc_auc_score(kinds[used], parts[used, place]))
         if not areas:
             raise ValueError(
                 f"{self._name}: no query looks for one of {', '.join(named)}; a score needs "

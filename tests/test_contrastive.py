@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -266,6 +267,20 @@ def test_score_is_the_area_under_the_curve(pairs):
     assert found.score(noisy) == pytest.approx(np.mean(areas))
     other = noisy.query_labels[np.random.default_rng(0).permutation(200)]
     assert abs(found.score(noisy, other) - 0.5) < 0.05
+
+
+def test_names_of_features_are_no_names_of_columns_or_conditions(pairs):
+    for names in (("query", "total"), ("residual", "z2"), ("none", "z2"), ("all", "z2")):
+        called = replace(pairs, features=names)
+        found, usual = (ContrastiveQKDecomposer().fit(given) for given in (called, pairs))
+        assert found.score(called) == usual.score(pairs)
+        np.testing.assert_array_equal(found.explained_share(called), usual.explained_share(pairs))
+        if names[0] in ("none", "all"):
+            with pytest.raises(ValueError, match="intervene: features must not be named 'none' or"):
+                found.intervene(called)
+        else:
+            with pytest.raises(ValueError, match=f"attribute: feature '{names[0]}' has the name"):
+                found.attribute(called)
 
 
 def test_swap_exchanges_coordinates_and_nothing_else(pairs):

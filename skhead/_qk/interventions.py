@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,19 @@ from scipy.special import expit
 
 from skhead.qk_pairs import QKPairs
 
-__all__ = ["Choices", "Swapped", "measure_swap", "random_conditions", "swap_in_subspace"]
+__all__ = [
+    "ALL",
+    "NONE",
+    "Choices",
+    "Swapped",
+    "check_conditions",
+    "measure_swap",
+    "random_conditions",
+    "swap_in_subspace",
+]
+
+#: Conditions beside the features: no exchange, and one in all features together.
+NONE, ALL = "none", "all"
 
 #: How the key that counts as attended may be chosen.
 ORIGINALS = ("attended", "agreeing")
@@ -36,6 +48,20 @@ def swap_in_subspace(
     """
     moved = (second - first) @ basis @ basis.T
     return first + moved, second - moved
+
+
+def check_conditions(features: Sequence[str], caller: str) -> None:
+    """Refuse features whose name is that of a condition of its own.
+
+    Raises
+    ------
+    ValueError
+    """
+    if {NONE, ALL} & set(features):
+        raise ValueError(
+            f"{caller}: features must not be named {NONE!r} or {ALL!r}, which are conditions of "
+            f"their own; got {', '.join(features)}"
+        )
 
 
 def random_conditions(

@@ -18,8 +18,11 @@ from skhead._estimators import SkheadEstimator
 from skhead._qk.decomposition import Decomposition
 from skhead._qk.doors import generator, open_pairs, open_vectors
 from skhead._qk.interventions import (
+    ALL,
+    NONE,
     Choices,
     Swapped,
+    check_conditions,
     measure_swap,
     random_conditions,
     swap_in_subspace,
@@ -29,6 +32,8 @@ from skhead.qk_pairs import QKPairs
 
 __all__ = ["FeatureReader"]
 
+#: Columns of a table of parts beside the features.
+_COLUMNS = ("query", "residual", "total")
 #: Cosine between query and key components below which an oblique projector is not to be trusted.
 _ILL = 1e-4
 
@@ -137,7 +142,8 @@ class FeatureReader(SkheadEstimator):
         Raises
         ------
         ValueError
-            If two features have the same name, or a decomposer is of another head.
+            If two features have the same name, one has that of another column, or a decomposer is
+            of another head.
 
         Examples
         --------
@@ -156,11 +162,13 @@ class FeatureReader(SkheadEstimator):
         check_is_fitted(self, "decompositions_")
         pairs = self._own(open_pairs(self, X, None, reset=False))
         features = self._joined(others)
-        scale = pairs.scale if scale is None else scale
-        queries = pairs.queries[pairs.query_index].astype(np.float64)
-        keys = pairs.keys.astype(np.float64)
-        parts = scale * self._split(queries, keys, features)
-        total = scale * np.einsum("nd,nd->n", queries, keys)
+        taken = set(_COLUMNS) & set(features)
+        if taken:
+            raise ValueError(
+                f"{self._name}.attribute: feature {min(taken)!r} has the name of another column of "
+                "the table; call it otherwise in QKPairs"
+            )
+        parts, total = self._split(pairs, features, pairs.scale if scale is None else scale)
         table = pd.DataFrame({"query": pairs.query_index})
         table[list(features)] = parts
         table["residual"] = total - parts.sum(axis=1)
@@ -194,11 +202,12 @@ class FeatureReader(SkheadEstimator):
         >>> share.shape, bool(share.mean() > 0.8)
         ((50,), True)
         """
-        table = self.attribute(X, others)
-        n_queries = len(X)
+        check_is_fitted(self, "decompositions_")
+        pairs = self._own(open_pairs(self, X, None, reset=False))
+        parts, total = self._split(pairs, self._joined(others), pairs.scale)
         left, whole = (
-            np.bincount(table["query"], table[name] ** 2, minlength=n_queries)
-            for name in ("residual", "total")
+            np.bincount(pairs.query_index, scores**2, minlength=len(pairs))
+            for scores in (total - parts.sum(axis=1), total)
         )
         with np.errstate(invalid="ignore", divide="ignore"):
             return 1 - left / whole
@@ -295,7 +304,7 @@ class FeatureReader(SkheadEstimator):
         TypeError
             If X is no `QKPairs`.
         ValueError
-            If no query has a key to exchange with.
+            If no query has a key to exchange with, or a feature is called "none" or "all".
 
         Examples
         --------
@@ -318,17 +327,18 @@ class FeatureReader(SkheadEstimator):
             )
         pairs = self._own(open_pairs(self, X, None, reset=False))
         check_count("n_random", n_random, caller, smallest=0)
+        check_conditions(self.feature_names_, caller)
         rng = generator(self.random_state if random_state is None else random_state)
         choices = Choices.of(pairs, original, target, rng, caller)
-        bases = {"none": np.zeros((self.d_head_, 0))}
+        bases = {NONE: np.zeros((self.d_head_, 0))}
         bases |= {name: self.key_subspace(name) for name in self.feature_names_}
         if len(self.feature_names_) > 1:
-            bases["all"] = self.key_subspace()
+            bases[ALL] = self.key_subspace()
         draws: dict[str, list[NDArray[np.floating]]] = {
             name: [basis] for name, basis in bases.items()
         }
         draws |= random_conditions(bases.values(), self.d_head_, n_random, rng)
-        before = measure_swap(pairs, choices, bases["none"])
+        before = measure_swap(pairs, choices, bases[NONE])
         rows = {
             name: {"rank": drawn[0].shape[1], "rank_share": drawn[0].shape[1] / self.d_head_}
             | _means([measure_swap(pairs, choices, basis) for basis in drawn], before)
@@ -383,21 +393,19 @@ class FeatureReader(SkheadEstimator):
         return joined
 
     def _split(
-        self,
-        queries: NDArray[np.float64],
-        keys: NDArray[np.float64],
-        features: Mapping[str, Decomposition],
-    ) -> NDArray[np.float64]:
-        """Unscaled part of every score in every feature, ``(n, n_features)``."""
-        query, key = torch.from_numpy(queries), torch.from_numpy(keys)
+        self, pairs: QKPairs, features: Mapping[str, Decomposition], scale: float
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Part of every score in every feature, ``(n, n_features)``, and the scores ``(n,)``."""
+        query = torch.from_numpy(pairs.queries[pairs.query_index].astype(np.float64))
+        key = torch.from_numpy(pairs.keys.astype(np.float64))
+        total = scale * (query * key).sum(1).numpy()
         bases = [
             tuple(torch.from_numpy(side.T) for side in (f.query_components, f.key_components))
             for f in features.values()
         ]
-        found: NDArray[np.float64]
         if self.attribution == "query":
-            found = sequential_logits(query, key, [basis for basis, _ in bases]).numpy()
-            return found
+            parts = sequential_logits(query, key, [basis for basis, _ in bases])
+            return scale * parts.numpy(), total
         for name, feature in features.items():
             if feature.least_cosine < _ILL:
                 warnings.warn(
@@ -407,8 +415,8 @@ class FeatureReader(SkheadEstimator):
                     UserWarning,
                     stacklevel=users_level(),
                 )
-        found = torch.stack([oblique_logits(query, key, *basis) for basis in bases], dim=1).numpy()
-        return found
+        parts = torch.stack([oblique_logits(query, key, *basis) for basis in bases], dim=1)
+        return scale * parts.numpy(), total
 
     @property
     def _name(self) -> str:
