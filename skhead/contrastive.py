@@ -214,7 +214,7 @@ class ContrastiveQKDecomposer(TransformerMixin, FeatureReader):
         for name in [name for name in vars(self) if name.endswith("_") or name == "_sums"]:
             delattr(self, name)
         solver = self._solver()
-        self._add(open_pairs(self, X, y, reset=True), solver, whole=True)
+        self._add(open_pairs(self, X, y, reset=True, labelled=True), solver, whole=True)
         self._solve(solver, strict=True)
         return self
 
@@ -262,7 +262,8 @@ class ContrastiveQKDecomposer(TransformerMixin, FeatureReader):
         self
         """
         solver = self._solver()
-        pairs = open_pairs(self, X, y, reset=not hasattr(self, "_sums"))
+        first = not hasattr(self, "_sums")
+        pairs = open_pairs(self, X, y, reset=first, labelled=True)
         self._add(pairs, solver, whole=False)
         self._solve(solver, strict=False)
         return self
@@ -385,7 +386,7 @@ class ContrastiveQKDecomposer(TransformerMixin, FeatureReader):
         True
         """
         check_is_fitted(self, "decompositions_")
-        pairs = open_pairs(self, X, y, reset=False)
+        pairs = open_pairs(self, X, y, labelled=True)
         if pairs.features != self._columns:
             raise ValueError(
                 f"{self._name}: was fitted on the features {', '.join(self._columns)}, and these "

@@ -163,6 +163,9 @@ def test_classes_have_their_own_contrast_and_a_union_without_the_redundant_direc
     halves.partial_fit(pairs[:200]).partial_fit(pairs[200:])
     np.testing.assert_allclose(halves.C_pos_, found.C_pos_, atol=1e-10)
     assert 0.4 < found.score(pairs) <= 1
+    rows = np.concatenate([pairs.queries[pairs.query_index], pairs.keys], axis=1)
+    assert found.attribute(rows)["e"].equals(found.attribute(pairs)["e"])
+    np.testing.assert_array_equal(found.transform_keys(rows), found.transform_keys(pairs))
     only = pairs[np.flatnonzero(asked == 2)]
     assert found.score(only) == ContrastiveQKDecomposer(per_class=True).fit(only).score(only)
     with pytest.raises(ValueError, match="no query looks for one of a, b, c, d, e"):
@@ -294,6 +297,10 @@ def test_swap_exchanges_coordinates_and_nothing_else(pairs):
     assert np.array_equal(found.swap(changed, [0, 5], [1, 7], ["z1"]).round(9), pairs.keys.round(9))
     with pytest.raises(ValueError, match="none of them twice"):
         found.swap(pairs.keys, [0, 1], [1, 2])
+    with pytest.raises(ValueError, match="none of them twice"):
+        found.swap(pairs.keys[:3], [0, -3], [1, 2])
+    with pytest.raises(IndexError, match="out of bounds"):
+        found.swap(pairs.keys[:3], 0, 3)
     with pytest.raises(ValueError, match="has the features z1, z2, not 'z9'"):
         found.swap(pairs.keys, 0, 1, ["z9"])
     whole = np.round(10 * pairs.keys)
@@ -380,6 +387,9 @@ def test_rows_of_a_matrix_are_pairs(pairs):
     ))  # fmt: skip
     found = ContrastiveQKDecomposer().fit(X, kinds)
     assert found.n_features_in_ == 32
+    for labels_needed in (found.partial_fit, found.score):
+        with pytest.raises(ValueError, match="requires y to be passed"):
+            labels_needed(X)
     single = ContrastiveQKDecomposer().fit_pairs(
         X[kinds == 1, :16], X[kinds == 1, 16:], X[kinds == 0, :16], X[kinds == 0, 16:]
     )

@@ -22,7 +22,9 @@ def generator(random_state: Any) -> np.random.Generator:
     return np.random.default_rng(check_random_state(random_state).randint(2**31 - 1))
 
 
-def open_pairs(estimator: Any, X: Any, y: Any, reset: bool) -> QKPairs:
+def open_pairs(
+    estimator: Any, X: Any, y: Any = None, *, reset: bool = False, labelled: bool = False
+) -> QKPairs:
     """Pairs from a container, or from rows ``[query, key]`` with a verdict for each.
 
     Parameters
@@ -31,9 +33,11 @@ def open_pairs(estimator: Any, X: Any, y: Any, reset: bool) -> QKPairs:
         Whose ``n_features_in_`` is set, or compared with.
     X : QKPairs or array of shape (n_pairs, 2 * d_head)
     y : array or None
-        None for an array leaves its pairs unlabelled, where `reset` is false.
+        None for an array leaves its pairs unlabelled.
     reset : bool
         Whether the estimator is being fitted.
+    labelled : bool
+        Whether pairs must have labels.
 
     Raises
     ------
@@ -59,12 +63,12 @@ def open_pairs(estimator: Any, X: Any, y: Any, reset: bool) -> QKPairs:
             f"{caller}: a row of an array is a query followed by a key, and {array.shape[1]} "
             "columns cannot be halved; pass QKPairs"
         )
-    if reset and y is None:
+    if labelled and y is None:
         raise ValueError(
             f"{caller}: requires y to be passed, but the target y is None: an array of pairs needs "
             "y, whether each of them agrees (1) or differs (0)"
         )
-    if getattr(estimator, "per_class", False):
+    if labelled and getattr(estimator, "per_class", False):
         raise ValueError(
             f"{caller}: per_class=True needs classes that queries look for; pass QKPairs"
         )
@@ -117,7 +121,7 @@ def open_vectors(estimator: Any, X: Any, side: str) -> NDArray[np.floating]:
     """
     if not isinstance(X, QKPairs) and np.ndim(X) == 2 and np.shape(X)[1] == estimator.d_head_:
         return np.asarray(check_array(X, dtype=[np.float64, np.float32], input_name="X"))
-    found: NDArray[np.floating] = getattr(open_pairs(estimator, X, None, reset=False), side)
+    found: NDArray[np.floating] = getattr(open_pairs(estimator, X), side)
     return found
 
 

@@ -160,7 +160,7 @@ class FeatureReader(SkheadEstimator):
         32
         """
         check_is_fitted(self, "decompositions_")
-        pairs = self._own(open_pairs(self, X, None, reset=False))
+        pairs = self._own(open_pairs(self, X))
         features = self._joined(others)
         taken = set(_COLUMNS) & set(features)
         if taken:
@@ -203,7 +203,7 @@ class FeatureReader(SkheadEstimator):
         ((50,), True)
         """
         check_is_fitted(self, "decompositions_")
-        pairs = self._own(open_pairs(self, X, None, reset=False))
+        pairs = self._own(open_pairs(self, X))
         parts, total = self._split(pairs, self._joined(others), pairs.scale)
         left, whole = (
             np.bincount(pairs.query_index, scores**2, minlength=len(pairs))
@@ -248,7 +248,7 @@ class FeatureReader(SkheadEstimator):
         """
         check_is_fitted(self, "decompositions_")
         changed = np.array(open_vectors(self, keys, "keys"))
-        first, second = np.atleast_1d(i), np.atleast_1d(j)
+        first, second = (np.atleast_1d(np.arange(len(changed))[rows]) for rows in (i, j))
         named = np.concatenate([first, second])
         if len(first) != len(second) or len(np.unique(named)) != len(named):
             raise ValueError(
@@ -325,7 +325,7 @@ class FeatureReader(SkheadEstimator):
                 f"{caller}: needs QKPairs, whose queries choose from several keys; got "
                 f"{type(X).__name__}"
             )
-        pairs = self._own(open_pairs(self, X, None, reset=False))
+        pairs = self._own(open_pairs(self, X))
         check_count("n_random", n_random, caller, smallest=0)
         check_conditions(self.feature_names_, caller)
         rng = generator(self.random_state if random_state is None else random_state)
