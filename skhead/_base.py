@@ -40,6 +40,7 @@ __all__ = [
     "HeadInput",
     "as_subspaces",
     "check_pairs",
+    "check_processable",
     "check_same_record",
     "defined_pairs",
     "extract_subspaces",
@@ -205,6 +206,28 @@ def open_door(X: Any, caller: str) -> HeadInput:
     else:
         stacks = {ANONYMOUS: stack}
     return HeadInput(_table_of_stack(stack), stacks, eps)
+
+
+def check_processable(source: HeadInput, caller: str, **asked: bool) -> None:
+    """Refuse to process a stack as only the weights of a model can be.
+
+    Parameters
+    ----------
+    source : HeadInput
+    caller : str
+        Estimator or function to name in errors.
+    **asked : bool
+        The parameters by name.
+
+    Raises
+    ------
+    ValueError
+    """
+    if source.stacks is not None and any(asked.values()):
+        raise ValueError(
+            f"{caller}: {' and '.join(asked)} need{'s' * (len(asked) == 1)} the model's norms; a "
+            "stack has none, so pass a heads table or process the stack yourself"
+        )
 
 
 def _as_tensor(X: Any, caller: str) -> torch.Tensor:

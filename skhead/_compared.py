@@ -12,7 +12,14 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from skhead._base import ANONYMOUS, HeadInput, defined_pairs, goes_forward, open_door
+from skhead._base import (
+    ANONYMOUS,
+    HeadInput,
+    check_processable,
+    defined_pairs,
+    goes_forward,
+    open_door,
+)
 from skhead.containers import Subspaces
 from skhead.exceptions import DegenerateHeadError, HeadShapeError
 from skhead.linalg.alignments import Measure, cross_measures
@@ -305,11 +312,7 @@ def open_weights(X: Any, kernel: Any) -> HeadInput:
             "heads table, with fold_norm and center as parameters"
         )
     source = open_door(X, name)
-    if source.stacks is not None and (kernel.fold_norm or kernel.center):
-        raise ValueError(
-            f"{name}: fold_norm and center need the model's norms; a stack has none, so leave both "
-            "False and process the matrices beforehand"
-        )
+    check_processable(source, name, fold_norm=kernel.fold_norm, center=kernel.center)
     return source
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from skhead._base import HeadInput, open_door
+from skhead._base import HeadInput, check_processable, open_door
 from skhead._callers import users_level
 from skhead._devices import default_device
 from skhead.exceptions import DegenerateHeadError, HeadShapeError, UnsupportedLayoutError
@@ -70,14 +70,15 @@ class Processing:
         return read_token_space(source, tables=tables, **self.options | {"device": self.place})
 
 
-def open_maps(heads: Any, caller: str) -> HeadInput:
-    """Heads of which all four matrices are at hand."""
+def open_maps(heads: Any, process: Processing, caller: str) -> HeadInput:
+    """Heads of which all four matrices are at hand, to be processed in a way that they can be."""
     source = open_door(heads, caller)
     if source.anonymous:
         raise HeadShapeError(
             f"{caller}: needs all four matrices of every head; pass a heads table or a stack of "
             "shape (n_heads, 4, d_model, d_head) for Q, K, V, O"
         )
+    check_processable(source, caller, fold_norm=process.fold_norm, center=process.center)
     return source
 
 

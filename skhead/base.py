@@ -8,7 +8,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from skhead._base import ANONYMOUS, ROLES, HeadEstimator, check_option, open_door
+from skhead._base import (
+    ANONYMOUS,
+    ROLES,
+    HeadEstimator,
+    check_option,
+    check_processable,
+    open_door,
+)
 from skhead._compared import refuse_zero
 from skhead._tags import HeadTags, declare
 from skhead.linalg.stacks import expand
@@ -110,11 +117,7 @@ def validate_heads(
     name = type(estimator).__name__
     check_option("role", role, tuple(ROLES), name)
     source = open_door(X, name)
-    if source.stacks is not None and (fold_norm or center):
-        raise ValueError(
-            f"{name}: fold_norm and center need the model's norms; a stack has none, so pass a "
-            "heads table or process the stack yourself"
-        )
+    check_processable(source, name, fold_norm=fold_norm, center=center)
     if reset:
         estimator.d_model_ = source.d_model
     else:

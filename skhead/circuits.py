@@ -17,6 +17,7 @@ from skhead._base import (
     HeadEstimator,
     HeadInput,
     check_option,
+    check_processable,
     extract_subspaces,
     open_door,
     parse_bytes,
@@ -355,10 +356,11 @@ class CircuitScorer(HeadEstimator):
                 f"{name}: needs all four matrices of every head; pass a heads table or a stack of "
                 "shape (n_heads, 4, d_model, d_head) for Q, K, V, O"
             )
-        if self.fold_norm or self.center or self.relative_position:
+        check_processable(source, name, fold_norm=self.fold_norm, center=self.center)
+        if self.relative_position:
             raise ValueError(
-                f"{name}: fold_norm, center and relative_position need the model's norms and "
-                "positions; a stack has none, so pass a heads table or process the stack yourself"
+                f"{name}: relative_position needs the model's positions; a stack has none, so pass "
+                "a heads table or turn the queries yourself"
             )
         return [source]
 
@@ -468,6 +470,10 @@ def identity_scores(
     ------
     HeadShapeError
         If a stack does not hold all four roles.
+    DegenerateHeadError
+        If the OV map of a head is zero.
+    ValueError
+        If a stack is to be processed as only a model's weights can be.
 
     Examples
     --------
@@ -482,6 +488,7 @@ def identity_scores(
             "identity_scores: needs W_V and W_O of every head; pass a heads table or a stack of "
             "shape (n_heads, 4, d_model, d_head) for Q, K, V, O"
         )
+    check_processable(source, "identity_scores", fold_norm=fold_norm, center=center)
     place = check_device(device, "identity_scores", float64=True)
     options: dict[str, Any] = {"fold_norm": fold_norm, "center": center, "device": place}
     subspaces = extract_subspaces(source, "VO", rank=None, caller="identity_scores", **options)

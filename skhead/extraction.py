@@ -15,6 +15,7 @@ from skhead._base import (
     Cache,
     HeadEstimator,
     HeadInput,
+    check_processable,
     extract_subspaces,
     open_door,
     parse_bytes,
@@ -206,11 +207,7 @@ class SubspaceExtractor(HeadEstimator, auto_wrap_output_keys=None):  # type: ign
 
     def _roles_of(self, source: HeadInput) -> tuple[str, ...]:
         name = type(self).__name__
-        if source.stacks is not None and (self.fold_norm or self.center):
-            raise ValueError(
-                f"{name}: fold_norm and center need the model's norms; a stack has none, "
-                "so pass a heads table or process the stack yourself"
-            )
+        check_processable(source, name, fold_norm=self.fold_norm, center=self.center)
         if source.stacks is not None and self.cache is not None:
             raise ValueError(
                 f"{name}: cache keeps the bases of a model that is read from files; a stack is in "

@@ -175,7 +175,7 @@ def induction_pairs(
     places = check_count("n_positions", n_positions, _CALLER, smallest=3)
     process = Processing(fold_norm, center, check_device(device, _CALLER, float64=True))
     tables = []
-    for model in of_sources(open_maps(heads, _CALLER)):
+    for model in of_sources(open_maps(heads, process, _CALLER)):
         if not model.stored:
             raise HeadTableError(
                 f"{_CALLER}: needs the tokens of a model, which a stack does not have; name its "

@@ -216,7 +216,8 @@ def virtual_heads(
     UnsupportedLayoutError
         If ``errors="raise"`` and tokens are missing.
     ValueError
-        If a parameter is out of range.
+        If a parameter is out of range, or a stack is to be processed as only a model's weights can
+        be.
 
     Notes
     -----
@@ -245,16 +246,17 @@ def virtual_heads(
     n_paths = check_count("top", top, caller)
     width = check_count("beam", beam, caller, smallest=n_paths)
     smallest = check_number("min_ratio", min_ratio, caller)
+    process = Processing(fold_norm, center, check_device(device, caller, float64=True))
     of_model = partial(
         _of_model,
         length=n_steps,
         top=n_paths,
         beam=width,
         min_ratio=smallest,
-        process=Processing(fold_norm, center, check_device(device, caller, float64=True)),
+        process=process,
         errors=errors,
     )
-    parts = list(map(of_model, of_sources(open_maps(heads, caller))))
+    parts = list(map(of_model, of_sources(open_maps(heads, process, caller))))
     starts = np.cumsum([0] + [len(part.ends) for part in parts[:-1]])
     return VirtualHeads(
         pd.concat([part.table for part in parts]),

@@ -16,7 +16,9 @@ from skhead._base import (
     ANONYMOUS,
     ROLES,
     HeadEstimator,
+    HeadInput,
     check_option,
+    check_processable,
     check_same_record,
     extract_subspaces,
     open_door,
@@ -164,7 +166,8 @@ class SubspaceReadout(HeadEstimator):
         UnsupportedLayoutError
             If the model's file holds no such vectors; the error names the tensor.
         ValueError
-            If a parameter is out of range.
+            If a parameter is out of range, or a stack is to be processed as only a model's weights
+            can be.
         """
         name = type(self).__name__
         check_device(self.device, name, float64=True)
@@ -172,7 +175,7 @@ class SubspaceReadout(HeadEstimator):
         check_option("order", self.order, ORDERS, name)
         check_option("matrix", self.matrix, ("auto", "unembedding", "embedding"), name)
         check_count("n_tokens", self.n_tokens, name)
-        heads = X.heads if isinstance(X, Subspaces) else open_door(X, name).heads
+        heads = X.heads if isinstance(X, Subspaces) else self._open(X).heads
         self.d_model_ = int(heads["d_model"].iloc[0])
         self._vectors = None if vectors is None else _as_vectors(vectors, self.d_model_, name)
         self.source_ = self._only_source(heads) if vectors is None else None
@@ -272,6 +275,12 @@ class SubspaceReadout(HeadEstimator):
     def _process(self) -> Processing:
         return Processing(self.fold_norm, self.center, self.device)
 
+    def _open(self, X: Any) -> HeadInput:
+        name = type(self).__name__
+        source = open_door(X, name)
+        check_processable(source, name, fold_norm=self.fold_norm, center=self.center)
+        return source
+
     def _only_source(self, heads: pd.DataFrame) -> str:
         sources = heads["source"].unique()
         name = type(self).__name__
@@ -307,7 +316,7 @@ class SubspaceReadout(HeadEstimator):
             check_same_record(record, X.record, name)
             subspaces = X
         else:
-            source = open_door(X, name)
+            source = self._open(X)
             role = ANONYMOUS if source.anonymous else role
             subspaces = extract_subspaces(
                 source, [role], rank=self.rank, caller=name, **self._process.options

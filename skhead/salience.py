@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sklearn.utils import TransformerTags
 from sklearn.utils.validation import check_is_fitted
 
-from skhead._base import HeadEstimator, HeadInput, check_option, open_door
+from skhead._base import HeadEstimator, HeadInput, check_option, check_processable, open_door
 from skhead._checks import check_count
 from skhead._devices import check_device
 from skhead._inputs import (
@@ -310,11 +310,7 @@ class SalientOperations(HeadEstimator):
                 f"{name}: needs W_V and W_O of every head; pass a heads table or a stack of shape "
                 "(n_heads, 4, d_model, d_head) for Q, K, V, O"
             )
-        if opened.stacks is not None and self.fold_norm:
-            raise ValueError(
-                f"{name}: fold_norm needs the model's norms; a stack has none, so pass a heads "
-                "table or fold them yourself"
-            )
+        check_processable(opened, name, fold_norm=self.fold_norm)
         return opened
 
     def _checked(self, X: Any) -> HeadInput:

@@ -75,6 +75,8 @@ def stream_usage(
         If a stack does not hold all four roles.
     DegenerateHeadError
         If a matrix is zero.
+    ValueError
+        If a stack is to be processed as only a model's weights can be.
 
     References
     ----------
@@ -91,7 +93,7 @@ def stream_usage(
     """
     process = Processing(fold_norm, center, check_device(device, "stream_usage", float64=True))
     rows: list[dict[str, Any]] = []
-    for model in of_sources(open_maps(heads, "stream_usage")):
+    for model in of_sources(open_maps(heads, process, "stream_usage")):
         written = None
         layers = [heads_at(model.heads, at) for at in layer_rows(model.table)]
         for layer in progress_bar(layers, "stream_usage", unit="layer"):
@@ -208,7 +210,8 @@ def erasures(
     DegenerateHeadError
         If an OV map is zero.
     ValueError
-        If `top` is no positive integer.
+        If `top` is no positive integer, or a stack is to be processed as only a model's weights can
+        be.
 
     Notes
     -----
@@ -229,7 +232,7 @@ def erasures(
     process = Processing(fold_norm, center, check_device(device, "erasures", float64=True))
     tables = [
         _erasures_of_source(model, kept, process)
-        for model in of_sources(open_maps(heads, "erasures"))
+        for model in of_sources(open_maps(heads, process, "erasures"))
     ]
     return pd.concat(tables, ignore_index=True)
 

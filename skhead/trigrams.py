@@ -118,7 +118,7 @@ def skip_trigrams(
     n_listed = check_count("k", k, _CALLER)
     process = Processing(fold_norm, center, check_device(device, _CALLER, float64=True))
     tables = []
-    for model in of_sources(open_maps(heads, _CALLER)):
+    for model in of_sources(open_maps(heads, process, _CALLER)):
         if not model.stored:
             raise HeadTableError(
                 f"{_CALLER}: needs the tokens of a model, which a stack does not have; name its "

@@ -213,6 +213,18 @@ def test_parameters_out_of_range(wrong, message):
         virtual_heads(heads, **wrong)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [skhead.virtual_heads, skhead.stream_usage, skhead.erasures, skhead.identity_scores],
+)
+@pytest.mark.parametrize("asked", ["fold_norm", "center"])
+def test_a_stack_is_not_processed(function, asked):
+    stack = np.random.default_rng(0).normal(size=(3, 4, 8, 2))
+    message = f"{function.__name__}: fold_norm and center need the model's norms; a stack has none"
+    with pytest.raises(ValueError, match=message):
+        function(stack, **{asked: True})
+
+
 def test_bad_heads_are_refused():
     with pytest.raises(HeadShapeError, match="virtual_heads: needs all four matrices"):
         virtual_heads(np.ones((2, 6, 3)))

@@ -217,6 +217,15 @@ def test_parameters_out_of_range(wrong, message):
         SubspaceReadout(**wrong).fit(heads)
 
 
+def test_a_stack_is_not_processed():
+    stack, vectors = np.ones((3, 8, 2)), np.eye(8)
+    with pytest.raises(ValueError, match="SubspaceReadout: fold_norm and center need the model's"):
+        SubspaceReadout(center=True).fit(stack, vectors=vectors)
+    fitted = SubspaceReadout().fit(stack, vectors=vectors).set_params(fold_norm=True)
+    with pytest.raises(ValueError, match="SubspaceReadout: fold_norm and center need the model's"):
+        fitted.transform(stack)
+
+
 def test_vectors_and_vocabularies_that_do_not_fit():
     heads = np.random.default_rng(0).standard_normal((2, 6, 3))
     with pytest.raises(HeadShapeError, match=r"vectors must have shape \(n_vocab, 6\)"):
