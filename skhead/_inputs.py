@@ -33,6 +33,7 @@ __all__ = [
     "open_maps",
     "refuse_zero_maps",
     "token_columns",
+    "token_ends",
     "token_matrix",
     "token_texts",
 ]
@@ -203,25 +204,44 @@ def token_matrix(space: TokenSpace, which: str, caller: str) -> torch.Tensor:
     return matrix
 
 
+def token_ends(space: TokenSpace, caller: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embedding and unembedding of the same tokens.
+
+    Raises
+    ------
+    UnsupportedLayoutError
+        If one of them is not there, or they are not of the same tokens.
+    """
+    embedding, unembedding = (
+        token_matrix(space, which, caller) for which in ("embedding", "unembedding")
+    )
+    if len(embedding) != len(unembedding):
+        raise UnsupportedLayoutError(
+            f"{caller}: {space.source} has {len(embedding)} tokens in its embedding and "
+            f"{len(unembedding)} in its unembedding, so that no circuit leads from each token to "
+            "itself"
+        )
+    return embedding, unembedding
+
+
 def copying_form(
     model: SourceHeads, process: Processing, errors: str, caller: str
 ) -> torch.Tensor | None:
-    """``U^T E`` of a model; None, with a warning or an error, where either is not there."""
+    """``U^T E`` of a model; None, with a warning or an error, where they lack tokens."""
     try:
         if not model.stored:
             raise UnsupportedLayoutError(
                 f"{caller}: a stack has no tokens; name its weights and embedding with "
                 "register_model and pass that heads table"
             )
-        names = ("embedding", "unembedding")
-        space = process.tokens(model.name, names)
-        ends = [token_matrix(space, which, caller) for which in names]
+        embedding, unembedding = token_ends(
+            process.tokens(model.name, ("embedding", "unembedding")), caller
+        )
     except UnsupportedLayoutError as error:
         if errors == "raise":
             raise
         warnings.warn(f"{error}. Copying scores are NaN.", UserWarning, stacklevel=users_level())
         return None
-    embedding, unembedding = ends
     return row_products(unembedding, embedding)
 
 

@@ -24,7 +24,7 @@ from skhead._inputs import (
     of_sources,
     open_maps,
     refuse_zero_maps,
-    token_matrix,
+    token_ends,
 )
 from skhead._progress import progress_bar
 from skhead.exceptions import HeadTableError, UnsupportedLayoutError
@@ -200,7 +200,14 @@ def _pairs_of_model(
     model: SourceHeads, top: int | None, n_positions: int, process: Processing
 ) -> _Found:
     space = process.tokens(model.name)
-    embedding, unembedding = _both_ends(space)
+    embedding, unembedding = token_ends(space, _CALLER)
+    if space.query_key_norm:
+        warnings.warn(
+            f"{_CALLER}: the heads of {space.source} normalise their queries and keys, which the "
+            "circuits leave out",
+            UserWarning,
+            stacklevel=users_level(),
+        )
     reader = LayerReader(model, process)
     form, gram = row_products(unembedding, embedding), _centred_gram(embedding)
     inputs = _inputs_by_position(model, space, embedding, n_positions)
@@ -234,27 +241,6 @@ def _pairs_of_model(
     }
     ordered = pd.DataFrame(table).sort_values("score", ascending=False, kind="stable")
     return _Found(ordered, int(allowed.sum()))
-
-
-def _both_ends(space: TokenSpace) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embedding and unembedding of the same tokens."""
-    embedding, unembedding = (
-        token_matrix(space, which, _CALLER) for which in ("embedding", "unembedding")
-    )
-    if len(embedding) != len(unembedding):
-        raise UnsupportedLayoutError(
-            f"{_CALLER}: {space.source} has {len(embedding)} tokens in its embedding and "
-            f"{len(unembedding)} in its unembedding, so that no circuit leads from each token to "
-            "itself"
-        )
-    if space.query_key_norm:
-        warnings.warn(
-            f"{_CALLER}: the heads of {space.source} normalise their queries and keys, which the "
-            "circuits leave out",
-            UserWarning,
-            stacklevel=users_level(),
-        )
-    return embedding, unembedding
 
 
 def _centred_gram(embedding: torch.Tensor) -> torch.Tensor:

@@ -176,8 +176,8 @@ def virtual_heads(
         As for `SubspaceExtractor`, applied to embedding and unembedding too. Folded gains of the
         norms between the heads change which paths are strongest.
     errors : {"warn", "raise"}, default="warn"
-        What to do for a model without embedding or unembedding: ``ov_copying`` is NaN with a
-        warning that names the tensor, or an error.
+        What to do for a model without embedding or unembedding, or with different numbers of
+        tokens in them: ``ov_copying`` is NaN with a warning that says so, or an error.
     device : str, torch.device or None, default=None
         Where to compute.
 

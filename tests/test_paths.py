@@ -137,6 +137,18 @@ def test_a_stack_has_paths_but_no_tokens():
         virtual_heads(stack, errors="raise")
 
 
+@pytest.mark.filterwarnings("ignore:.*both are kept as they are")
+def test_ends_of_different_tokens_have_no_copying():
+    tensors = with_tokens(n_layers=2)
+    tensors["unembed.W_U"] = tensors["unembed.W_U"][:, :11]
+    with registered(tensors) as heads:
+        with pytest.warns(UserWarning, match="has 15 tokens in its embedding and 11 in its unemb"):
+            virtual = virtual_heads(heads, min_ratio=0.0)
+        assert len(virtual) == 16 and virtual.table["ov_copying"].isna().all()
+        with pytest.raises(UnsupportedLayoutError, match="virtual_heads: .* 11 in its unembedding"):
+            virtual_heads(heads, errors="raise")
+
+
 def test_permuting_a_stack_permutes_its_paths():
     stack = RNG.standard_normal((5, 4, 12, 3))
     order = [3, 0, 4, 1, 2]
