@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +12,14 @@ import torch
 from numpy.typing import NDArray
 
 from skhead._base import HeadInput, check_processable, open_door
-from skhead._callers import users_level
+from skhead._callers import warn_user
 from skhead._devices import default_device
-from skhead.exceptions import DegenerateHeadError, HeadShapeError, UnsupportedLayoutError
+from skhead.exceptions import (
+    DegenerateHeadError,
+    HeadShapeError,
+    HeadTableError,
+    UnsupportedLayoutError,
+)
 from skhead.linalg.stacks import expand
 from skhead.linalg.vocabulary import row_products
 from skhead.weights import head_labels
@@ -29,6 +33,7 @@ __all__ = [
     "copying_form",
     "heads_at",
     "layer_rows",
+    "models_with_tokens",
     "of_sources",
     "open_maps",
     "refuse_zero_maps",
@@ -125,6 +130,23 @@ def of_sources(opened: HeadInput) -> list[SourceHeads]:
         rows = np.flatnonzero(sources == name)
         found.append(SourceHeads(str(name), heads_at(opened, rows), rows, labels[rows]))
     return found
+
+
+def models_with_tokens(heads: Any, process: Processing, caller: str) -> list[SourceHeads]:
+    """The heads of each model by themselves, where there are tokens to read.
+
+    Raises
+    ------
+    HeadTableError
+        If heads come as a stack.
+    """
+    models = of_sources(open_maps(heads, process, caller))
+    if not models[0].stored:
+        raise HeadTableError(
+            f"{caller}: needs the tokens of a model, which a stack does not have; name its weights "
+            "and embedding with register_model and pass that heads table"
+        )
+    return models
 
 
 def heads_at(opened: HeadInput, rows: NDArray[np.int64]) -> HeadInput:
@@ -240,7 +262,7 @@ def copying_form(
     except UnsupportedLayoutError as error:
         if errors == "raise":
             raise
-        warnings.warn(f"{error}. Copying scores are NaN.", UserWarning, stacklevel=users_level())
+        warn_user(f"{error}. Copying scores are NaN.")
         return None
     return row_products(unembedding, embedding)
 

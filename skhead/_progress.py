@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from skhead._callers import saying_once
+
 try:
     from sklearn.callback import CallbackSupportMixin, with_callbacks
 except ImportError:  # scikit-learn has callbacks from 1.9 on
@@ -67,6 +69,8 @@ _FIT: ContextVar[_Task | None] = ContextVar("skhead_fit", default=None)
 def reports_fit(method: _Fit) -> _Fit:
     """Tell the callbacks of an estimator, if it has any, of its fit and the long jobs in it.
 
+    A warning that several of its steps would give is given once.
+
     Parameters
     ----------
     method : function
@@ -89,7 +93,8 @@ def reports_fit(method: _Fit) -> _Fit:
     @functools.wraps(method)
     def fit(self: Any, *args: Any, **kwargs: Any) -> Any:
         untold = getattr(self, "_skl_callbacks", None) and not hasattr(self, "_callback_fit_ctx")
-        return (told if untold else method)(self, *args, **kwargs)
+        with saying_once():
+            return (told if untold else method)(self, *args, **kwargs)
 
     return fit  # type: ignore[return-value]
 

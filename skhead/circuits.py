@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -22,7 +21,7 @@ from skhead._base import (
     open_door,
     parse_bytes,
 )
-from skhead._callers import users_level
+from skhead._callers import saying_once, warn_user
 from skhead._circuits.models import ScoredHeads, missing_in_stack, score_model, score_stack
 from skhead._circuits.scores import GROUPS, identity_parts
 from skhead._circuits.surroundings import ModelReader, Reading
@@ -245,7 +244,8 @@ class CircuitScorer(HeadEstimator):
         """
         check_is_fitted(self)
         self._check_parameters()
-        return self._transform(X, self._open(X))
+        with saying_once():
+            return self._transform(X, self._open(X))
 
     @reports_fit
     def fit_transform(self, X: Any, y: Any = None) -> Any:
@@ -424,10 +424,8 @@ class CircuitScorer(HeadEstimator):
         message = f"{type(self).__name__}: {where} lacks what some scores need. {reasons}."
         if self.errors == "raise":
             raise CheckpointError(f"{message} Choose other scores, or errors='warn' for NaN.")
-        warnings.warn(
+        warn_user(
             f"{message} These columns are NaN; choose other scores, or errors='ignore'.",
-            UserWarning,
-            stacklevel=users_level(),
         )
 
 
@@ -491,9 +489,10 @@ def identity_scores(
     check_processable(source, "identity_scores", fold_norm=fold_norm, center=center)
     place = check_device(device, "identity_scores", float64=True)
     options: dict[str, Any] = {"fold_norm": fold_norm, "center": center, "device": place}
-    subspaces = extract_subspaces(source, "VO", rank=None, caller="identity_scores", **options)
+    with saying_once():
+        subspaces = extract_subspaces(source, "VO", rank=None, caller="identity_scores", **options)
+        matrices = [source.read(role, **options) for role in "VO"]
     bases = [subspaces.role(role) for role in "VO"]
-    matrices = [source.read(role, **options) for role in "VO"]
     ranks = np.minimum(subspaces.ranks("V"), subspaces.ranks("O"))
     parts = []
     for start in range(0, len(source.heads), _CHUNK):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.utils.validation import check_is_fitted
 
 from skhead._base import check_option
-from skhead._callers import users_level
+from skhead._callers import warn_user
 from skhead._checks import check_count, check_number
 from skhead._devices import check_device, resolve_device
 from skhead._progress import reports_fit
@@ -539,12 +538,10 @@ class ContrastiveQKDecomposer(TransformerMixin, FeatureReader):
                 f"at least {int(np.ceil(1 / self.alpha)) - 1}"
             )
         if self.pair_weighting == "released":
-            warnings.warn(
+            warn_user(
                 f"{name}: pair_weighting='released' divides sums over pairs by the number of "
                 "queries, so that the kind with more pairs weighs more; unless contexts hold as "
                 "many pairs of both kinds, mean queries and keys come out as the feature",
-                UserWarning,
-                stacklevel=users_level(),
             )
         return Solver(
             rank,

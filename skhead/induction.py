@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,20 +13,19 @@ from numpy.typing import NDArray
 from scipy.special import ndtri
 
 from skhead._base import ROLES, defined_pairs
-from skhead._callers import users_level
+from skhead._callers import saying_once, warn_user
 from skhead._checks import check_count, check_number
 from skhead._devices import check_device
 from skhead._inputs import (
     LayerReader,
     Processing,
     SourceHeads,
-    of_sources,
-    open_maps,
+    models_with_tokens,
     refuse_zero_maps,
     token_ends,
 )
 from skhead._progress import progress_bar
-from skhead.exceptions import HeadTableError, UnsupportedLayoutError
+from skhead.exceptions import UnsupportedLayoutError
 from skhead.linalg.circuits import eigenvalue_ratios, paired_matching, small_circuits
 from skhead.linalg.factored import product_norms
 from skhead.linalg.inputs import mean_inputs
@@ -175,16 +173,12 @@ def induction_pairs(
     places = check_count("n_positions", n_positions, _CALLER, smallest=3)
     process = Processing(fold_norm, center, check_device(device, _CALLER, float64=True))
     tables = []
-    for model in of_sources(open_maps(heads, process, _CALLER)):
-        if not model.stored:
-            raise HeadTableError(
-                f"{_CALLER}: needs the tokens of a model, which a stack does not have; name its "
-                "weights and embedding with register_model and pass that heads table"
-            )
-        found = _pairs_of_model(model, limit, places, process)
-        beyond = -ndtri(level / max(found.n_pairs, 1))
-        called = (found.table["score"] >= smallest) & (found.table["matching_z"] > beyond)
-        tables.append(found.table.assign(is_induction=called))
+    with saying_once():
+        for model in models_with_tokens(heads, process, _CALLER):
+            found = _pairs_of_model(model, limit, places, process)
+            beyond = -ndtri(level / max(found.n_pairs, 1))
+            called = (found.table["score"] >= smallest) & (found.table["matching_z"] > beyond)
+            tables.append(found.table.assign(is_induction=called))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -202,11 +196,9 @@ def _pairs_of_model(
     space = process.tokens(model.name)
     embedding, unembedding = token_ends(space, _CALLER)
     if space.query_key_norm:
-        warnings.warn(
+        warn_user(
             f"{_CALLER}: the heads of {space.source} normalise their queries and keys, which the "
             "circuits leave out",
-            UserWarning,
-            stacklevel=users_level(),
         )
     reader = LayerReader(model, process)
     form, gram = row_products(unembedding, embedding), _centred_gram(embedding)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
 
 from skhead._base import HeadEstimator, check_option, open_door, parse_bytes
-from skhead._callers import users_level
+from skhead._callers import saying_once, warn_user
 from skhead._checks import check_count, check_number
 from skhead._devices import check_device, resolve_device, with_less_memory
 from skhead._inputs import Processing, SourceHeads, of_sources
@@ -282,7 +281,8 @@ class OperationMapper(HeadEstimator):
         """
         check_is_fitted(self)
         check_option("output", self.output, _OUTPUTS, type(self).__name__)
-        return self._tables(self._rank(self._open(X)), X.index)[self.output]
+        with saying_once():
+            return self._tables(self._rank(self._open(X)), X.index)[self.output]
 
     @reports_fit
     def fit_transform(self, X: Any, y: Any = None) -> Any:
@@ -412,12 +412,10 @@ class OperationMapper(HeadEstimator):
                 f"{name} ({row.n_kept} of {row.n_pairs})"
                 for name, row in zip(dropped.index, dropped.itertuples(), strict=True)
             )
-            warnings.warn(
+            warn_user(
                 f"{type(self).__name__}: operations that keep fewer than "
                 f"{self.settings_['min_pairs']} pairs of single tokens are left out: {listed}. "
                 "Lower min_pairs to keep them.",
-                UserWarning,
-                stacklevel=users_level(),
             )
 
     def _rank(self, models: list[SourceHeads]) -> list[OperationRanks]:

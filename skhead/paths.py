@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from skhead._base import check_option, defined_pairs
+from skhead._callers import saying_once
 from skhead._checks import check_count, check_number
 from skhead._devices import check_device
 from skhead._html import SHOWN, Listing, ShowsSummary, Summary
@@ -256,7 +257,8 @@ def virtual_heads(
         process=process,
         errors=errors,
     )
-    parts = list(map(of_model, of_sources(open_maps(heads, process, caller))))
+    with saying_once():
+        parts = list(map(of_model, of_sources(open_maps(heads, process, caller))))
     starts = np.cumsum([0] + [len(part.ends) for part in parts[:-1]])
     return VirtualHeads(
         pd.concat([part.table for part in parts]),

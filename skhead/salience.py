@@ -14,6 +14,7 @@ from sklearn.utils import TransformerTags
 from sklearn.utils.validation import check_is_fitted
 
 from skhead._base import HeadEstimator, HeadInput, check_option, check_processable, open_door
+from skhead._callers import saying_once
 from skhead._checks import check_count
 from skhead._devices import check_device
 from skhead._inputs import (
@@ -219,8 +220,9 @@ class SalientOperations(HeadEstimator):
         """
         opened = self._checked(X)
         found = np.empty((len(opened.heads), len(self.tokens_)), dtype=np.float32)
-        for layer in self._layers(opened):
-            found[layer.rows] = self._saliencies(layer).float().cpu().numpy()
+        with saying_once():
+            for layer in self._layers(opened):
+                found[layer.rows] = self._saliencies(layer).float().cpu().numpy()
         return found
 
     def mappings(self, X: Any) -> SalientMappings:
@@ -261,15 +263,16 @@ class SalientOperations(HeadEstimator):
         sources = np.empty(shape[:2], dtype=np.int64)
         saliencies = np.empty(shape[:2])
         targets, logits = np.empty(shape, dtype=np.int64), np.empty(shape)
-        for layer in self._layers(opened):
-            values, places = largest_in_rows(self._saliencies(layer), shape[1])
-            rows = layer.vectors[places.to(layer.vectors.device)]
-            written = written_vectors(layer.w_v, layer.w_o, rows).flatten(0, 1)
-            best, where = largest_products(sign * written, unembedding, shape[2], scratch=_SCRATCH)
-            at = layer.rows
-            sources[at], saliencies[at] = places.cpu().numpy(), values.double().cpu().numpy()
-            targets[at] = where.view(-1, *shape[1:]).cpu().numpy()
-            logits[at] = sign * best.double().view(-1, *shape[1:]).cpu().numpy()
+        with saying_once():
+            for layer in self._layers(opened):
+                values, places = largest_in_rows(self._saliencies(layer), shape[1])
+                rows = layer.vectors[places.to(layer.vectors.device)]
+                written = sign * written_vectors(layer.w_v, layer.w_o, rows).flatten(0, 1)
+                best, where = largest_products(written, unembedding, shape[2], scratch=_SCRATCH)
+                at = layer.rows
+                sources[at], saliencies[at] = places.cpu().numpy(), values.double().cpu().numpy()
+                targets[at] = where.view(-1, *shape[1:]).cpu().numpy()
+                logits[at] = sign * best.double().view(-1, *shape[1:]).cpu().numpy()
         table = self._listed(opened, sources, saliencies, targets, logits)
         return SalientMappings(table, self.direction)
 

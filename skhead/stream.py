@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from skhead._base import ROLES, HeadInput, defined_pairs, extract_subspaces
+from skhead._callers import saying_once
 from skhead._checks import check_count
 from skhead._devices import check_device
 from skhead._inputs import (
@@ -93,13 +94,14 @@ def stream_usage(
     """
     process = Processing(fold_norm, center, check_device(device, "stream_usage", float64=True))
     rows: list[dict[str, Any]] = []
-    for model in of_sources(open_maps(heads, process, "stream_usage")):
-        written = None
-        layers = [heads_at(model.heads, at) for at in layer_rows(model.table)]
-        for layer in progress_bar(layers, "stream_usage", unit="layer"):
-            rows += _layer_usage(layer, model.name, written, process)
-            addition = _covariance(layer, process)
-            written = addition if written is None else written + addition
+    with saying_once():
+        for model in of_sources(open_maps(heads, process, "stream_usage")):
+            written = None
+            layers = [heads_at(model.heads, at) for at in layer_rows(model.table)]
+            for layer in progress_bar(layers, "stream_usage", unit="layer"):
+                rows += _layer_usage(layer, model.name, written, process)
+                addition = _covariance(layer, process)
+                written = addition if written is None else written + addition
     return pd.DataFrame(rows)
 
 
@@ -230,10 +232,11 @@ def erasures(
     """
     kept = None if top is None else check_count("top", top, "erasures")
     process = Processing(fold_norm, center, check_device(device, "erasures", float64=True))
-    tables = [
-        _erasures_of_source(model, kept, process)
-        for model in of_sources(open_maps(heads, process, "erasures"))
-    ]
+    with saying_once():
+        tables = [
+            _erasures_of_source(model, kept, process)
+            for model in of_sources(open_maps(heads, process, "erasures"))
+        ]
     return pd.concat(tables, ignore_index=True)
 
 

@@ -11,19 +11,18 @@ import pandas as pd
 import torch
 
 from skhead._base import ROLES
+from skhead._callers import saying_once
 from skhead._checks import check_count
 from skhead._devices import check_device
 from skhead._inputs import (
     Processing,
     SourceHeads,
     check_ids,
-    of_sources,
-    open_maps,
+    models_with_tokens,
     token_matrix,
     token_texts,
 )
 from skhead._progress import progress_bar
-from skhead.exceptions import HeadTableError
 
 __all__ = ["skip_trigrams"]
 
@@ -118,13 +117,9 @@ def skip_trigrams(
     n_listed = check_count("k", k, _CALLER)
     process = Processing(fold_norm, center, check_device(device, _CALLER, float64=True))
     tables = []
-    for model in of_sources(open_maps(heads, process, _CALLER)):
-        if not model.stored:
-            raise HeadTableError(
-                f"{_CALLER}: needs the tokens of a model, which a stack does not have; name its "
-                "weights and embedding with register_model and pass that heads table"
-            )
-        tables += _tables_of_model(model, sources, n_kept, n_listed, process)
+    with saying_once():
+        for model in models_with_tokens(heads, process, _CALLER):
+            tables += _tables_of_model(model, sources, n_kept, n_listed, process)
     table = pd.concat(tables, ignore_index=True)
     if vocabulary is not None:
         for name in ("source", "destination", "out"):

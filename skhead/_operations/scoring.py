@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from skhead._callers import users_level
+from skhead._callers import warn_user
 from skhead._inputs import Processing, SourceHeads, heads_at, layer_rows, token_matrix
 from skhead._operations.pairs import check_targets
 from skhead._progress import progress_bar
@@ -242,12 +241,10 @@ def _competing(model: SourceHeads, reading: Reading) -> torch.Tensor:
             f"{model.name} has {len(unembedding)}; pass the tokenizer of this model"
         )
     if size is not None and len(unembedding) > size and n_valid is None:
-        warnings.warn(
+        warn_user(
             f"{reading.caller}: the unembedding of {model.name} has {len(unembedding)} rows, and "
             f"the tokenizer {size} tokens; the others compete as well. Pass n_valid_tokens={size} "
             "to leave them out.",
-            UserWarning,
-            stacklevel=users_level(),
         )
     return unembedding[:n_valid]
 

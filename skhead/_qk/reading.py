@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
 
-from skhead._callers import users_level
+from skhead._callers import warn_user
 from skhead._checks import check_count
 from skhead._estimators import SkheadEstimator
 from skhead._qk.decomposition import Decomposition
@@ -408,12 +407,10 @@ class FeatureReader(SkheadEstimator):
             return scale * parts.numpy(), total
         for name, feature in features.items():
             if feature.least_cosine < _ILL:
-                warnings.warn(
+                warn_user(
                     f"{self._name}: query and key components of feature {name!r} are nearly "
                     f"orthogonal somewhere (cosine {feature.least_cosine:.1g}), so that its share "
                     "of the scores is not well defined; lower the rank",
-                    UserWarning,
-                    stacklevel=users_level(),
                 )
         parts = torch.stack([oblique_logits(query, key, *basis) for basis in bases], dim=1)
         return scale * parts.numpy(), total

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 
-from skhead._callers import users_level
+from skhead._callers import warn_user
 from skhead.exceptions import CheckpointError, DegenerateHeadError, UnsupportedLayoutError
 from skhead.weights.layouts import LayerPlan, ModelPlan
 from skhead.weights.readers import TensorReader, torch_dtype
@@ -38,12 +36,10 @@ def warn_if_gains_are_unknown(plan: ModelPlan, label: str) -> None:
     """Warn where nothing is folded because no gain is stored, and the model may well have some."""
     if plan.norm.known:
         return
-    warnings.warn(
+    warn_user(
         f"fold_norm=True: {label} ({plan.family}) holds no norm gains (blocks.0.ln1.w and the "
         "like), so nothing was folded. That is right if the model has no norms, or if its gains "
         "were folded before it was saved; else add the gains to the file.",
-        UserWarning,
-        stacklevel=users_level(),
     )
 
 
@@ -58,10 +54,8 @@ def warn_if_centring_changes_reading(plan: ModelPlan, label: str) -> None:
         why = "has no norm that is known"
     else:
         why = f"normalises by {kind}, which keeps the mean"
-    warnings.warn(
+    warn_user(
         f"center=True: {label} ({plan.family}) {why}, so centring changes what its heads read.",
-        UserWarning,
-        stacklevel=users_level(),
     )
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import torch
 
-from skhead._callers import users_level
+from skhead._callers import warn_user
 from skhead.exceptions import CheckpointError, ConfigMismatchError, DegenerateHeadError
 from skhead.weights.readers import torch_dtype
 from skhead.weights.token_layouts import NormKind
@@ -45,10 +44,8 @@ class TableReader:
                     f"fold_norm=True: {why}, the gain of the norm in front of the unembedding. Use "
                     "fold_norm=False, or a checkpoint that holds it."
                 )
-            warnings.warn(
+            warn_user(
                 f"fold_norm=True: nothing was folded into the unembedding, because {why}.",
-                UserWarning,
-                stacklevel=users_level(),
             )
         return None
 
@@ -187,10 +184,8 @@ class TableReader:
     def _warn_of_other_size(self, embedding: torch.Tensor, unembedding: torch.Tensor) -> None:
         found = self.found
         if len(embedding) != len(unembedding):
-            warnings.warn(
+            warn_user(
                 f"{found.reader.label}: the unembedding {found.unembedding!r} has "
                 f"{len(unembedding)} tokens, and the embedding {found.embedding!r} has "
-                f"{len(embedding)}; both are kept as they are.",
-                UserWarning,
-                stacklevel=users_level(),
+                f"{len(embedding)}; both are kept as they are."
             )
