@@ -523,9 +523,26 @@ def test_a_zero_map_has_no_circuits():
     with registered(tensors) as heads:
         with pytest.raises(DegenerateHeadError, match="CircuitScorer: the OV map of L1H2 is zero"):
             CircuitScorer("maps").fit_transform(heads)
+        with pytest.raises(DegenerateHeadError, match="CircuitScorer: the OV map of L1H2 is zero"):
+            CircuitScorer("induction").fit_transform(heads.iloc[1:])
         kept = heads.drop(index="L1H2")
-        names = ["composition", "induction_matching"]
-        assert np.isfinite(CircuitScorer(names).fit_transform(kept).to_numpy()).all()
+        assert np.isfinite(CircuitScorer().fit_transform(kept).to_numpy()).all()
+
+
+def test_a_dropped_head_is_no_partner():
+    """A pruned head of the first layer gives the others what they have without it."""
+    tensors = model(n_layers=2)
+    scored = CircuitScorer("induction").fit_transform
+    for role in "QV":
+        tensors[f"blocks.0.attn.W_{role}"][1] = 0.0
+    with registered(tensors) as heads:
+        found = scored(heads.drop(index="L0H1"))
+    for name, stack in tensors.items():
+        if name.startswith("blocks.0.attn."):
+            tensors[name] = stack[[0, 2, 3]]
+    with registered(tensors) as heads:
+        expected = scored(heads)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -85,8 +85,9 @@ def score_stack(given: HeadInput, names: Collection[str], device: Any, caller: s
     }
     eps = torch.full((len(given.heads),), given.eps, dtype=torch.float64)
     stacks = HeadStacks(roles, dict.fromkeys("QKVO", eps))
-    found = _Scorer(caller, Surroundings()).score(stacks, given.heads, present)
-    return ScoredHeads(found, missing)
+    scorer = _Scorer(caller, Surroundings())
+    scorer.refuse_zero_maps(stacks, given.heads, np.ones(len(stacks), dtype=bool))
+    return ScoredHeads(scorer.score(stacks, present), missing)
 
 
 def score_model(
@@ -124,7 +125,9 @@ def score_model(
             if found.keys() >= _EVIDENCE and list(_places(heads)) == list(_places(everyone)):
                 evidence = {name: found[name] for name in _EVIDENCE}
             else:
-                evidence = scorer.score_layers(reader, everyone, _EVIDENCE)
+                asked = set(_places(heads))
+                given = np.array([place in asked for place in _places(everyone)])
+                evidence = scorer.score_layers(reader, everyone, _EVIDENCE, given)
         pairs = PairScorer(reader, everyone, max_memory)
         gram = None if around.matching is None else around.matching.core
         places = {place: i for i, place in enumerate(_places(everyone))}
@@ -143,26 +146,35 @@ class _Scorer:
     max_memory: int = 0
 
     def score_layers(
-        self, reader: ModelReader, heads: pd.DataFrame, names: Collection[str]
+        self,
+        reader: ModelReader,
+        heads: pd.DataFrame,
+        names: Collection[str],
+        given: NDArray[np.bool_] | None = None,
     ) -> Scores:
+        """Scores layer by layer; only heads that were given, by default all, must not be zero."""
+        given = np.ones(len(heads), dtype=bool) if given is None else given
         found = {name: np.empty(len(heads)) for name in names}
         batches = _batches(heads, self.max_memory // _SHARE)
         for rows in progress_bar(batches, self.caller, unit="batch"):
             of_batch, start = heads.iloc[rows], 0
             for stacks in reader.by_layer(of_batch, reader.read(of_batch)):
                 places = rows[start : start + len(stacks)]
-                scores = self.score(stacks, heads.iloc[places], names)
+                of_layer = heads.iloc[places]
+                self.refuse_zero_maps(stacks, of_layer, given[places])
+                scores = self.score(stacks, names)
                 for name in names:
                     found[name][places] = scores[name]
                 start += len(stacks)
         return found
 
-    def score(self, stacks: HeadStacks, heads: pd.DataFrame, names: Collection[str]) -> Scores:
-        self._refuse_zero_maps(stacks, heads)
+    def score(self, stacks: HeadStacks, names: Collection[str]) -> Scores:
         found = score_heads(stacks, names, self.around, self.relative_position)
         return {name: scores.cpu().numpy() for name, scores in found.items()}
 
-    def _refuse_zero_maps(self, stacks: HeadStacks, heads: pd.DataFrame) -> None:
+    def refuse_zero_maps(
+        self, stacks: HeadStacks, heads: pd.DataFrame, given: NDArray[np.bool_]
+    ) -> None:
         q, k, v, o = (stacks.roles[role] for role in "QKVO")
         for name, left, right in (("OV", v, o), ("QK", q, k)):
             norms = torch.cat(
@@ -171,10 +183,10 @@ class _Scorer:
                     for i in range(0, len(left), _CHUNK)
                 ]
             )
-            zero = (norms == 0).nonzero()
-            if len(zero):
+            zero = np.flatnonzero((norms == 0).cpu().numpy() & given)
+            if zero.size:
                 raise DegenerateHeadError(
-                    f"{self.caller}: the {name} map of {head_labels(heads)[int(zero[0])]} is "
+                    f"{self.caller}: the {name} map of {head_labels(heads)[zero[0]]} is "
                     "zero, so that it has no circuits to score; drop the head, for example "
                     "heads.drop(index=...)"
                 )
