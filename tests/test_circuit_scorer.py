@@ -78,6 +78,14 @@ def test_every_score_of_a_complete_model_is_defined(toy):
     assert named | {"ov_effective_rank", "previous_token", "induction_strength"} <= set(listed)
 
 
+def test_a_score_asked_alone_is_that_of_all(toy):
+    _, heads = toy
+    every = CircuitScorer().fit_transform(heads)
+    for name in every:
+        alone = CircuitScorer([name]).fit_transform(heads)
+        pd.testing.assert_frame_equal(alone, every[[name]], rtol=1e-12)
+
+
 def test_token_scores_equal_dense_circuits(toy):
     tensors, heads = toy
     embedding = tensors["embed.W_E"].double().numpy()

@@ -66,6 +66,10 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "induction": ("induction_matching", "induction_feeding", "induction_strength"),
 }
 
+#: Scores of a map by its singular values, and by its eigenvalues.
+_SPECTRAL = ("effective_rank", "stable_rank", "spectral_entropy")
+_ANGULAR = ("eigenvalue_ratio", "positive_share", "mean_phase")
+
 #: Bytes of float64 copies of one role's matrices that are worked on at once.
 _BLOCK = 2**26
 
@@ -193,8 +197,7 @@ def _score_block(
     ov, qk = _Circuit("ov", v, o), _Circuit("qk", queries, k)
     found: Scores = {}
     for circuit in (ov, qk):
-        if any(name in GROUPS["maps"] and name.startswith(circuit.name) for name in names):
-            found |= _map_scores(circuit)
+        found |= _map_scores(circuit, names)
     found |= _overlap_scores(heads, names)
     if "qk_symmetric" in names:
         found["qk_symmetric"] = symmetric_shares(queries, k)
@@ -216,20 +219,21 @@ class _Circuit:
     right: torch.Tensor
 
 
-def _map_scores(circuit: _Circuit) -> Scores:
+def _map_scores(circuit: _Circuit, names: Collection[str]) -> Scores:
+    """Scores of the maps themselves; of those that share a decomposition all or none."""
     name, left, right = circuit.name, circuit.left, circuit.right
-    spectrum = spectrum_summaries(map_spectra(left, right))
-    small = small_circuits(left, right)
-    positive, phase = phase_summaries(small)
-    return {
-        f"{name}_norm": product_norms(left, right),
-        f"{name}_effective_rank": spectrum.effective_rank,
-        f"{name}_stable_rank": spectrum.stable_rank,
-        f"{name}_spectral_entropy": spectrum.entropy,
-        f"{name}_eigenvalue_ratio": eigenvalue_ratios(small),
-        f"{name}_positive_share": positive,
-        f"{name}_mean_phase": phase,
-    }
+    found: Scores = {}
+    if f"{name}_norm" in names:
+        found[f"{name}_norm"] = product_norms(left, right)
+    if any(f"{name}_{score}" in names for score in _SPECTRAL):
+        spectrum = spectrum_summaries(map_spectra(left, right))
+        parts = (spectrum.effective_rank, spectrum.stable_rank, spectrum.entropy)
+        found |= {f"{name}_{score}": part for score, part in zip(_SPECTRAL, parts, strict=True)}
+    if any(f"{name}_{score}" in names for score in _ANGULAR):
+        small = small_circuits(left, right)
+        parts = (eigenvalue_ratios(small), *phase_summaries(small))
+        found |= {f"{name}_{score}": part for score, part in zip(_ANGULAR, parts, strict=True)}
+    return found
 
 
 def _overlap_scores(heads: HeadStacks, names: Collection[str]) -> Scores:
@@ -278,8 +282,10 @@ def _token_scores(
     found: Scores = {}
     if ratio_name in names or diagonal in names:
         small = small_circuits(left, right, ends.core)
-        found[ratio_name] = eigenvalue_ratios(small)
-        found[diagonal] = diagonal_lifts(left, right, small, ends.inputs, ends.outputs)
+        if ratio_name in names:
+            found[ratio_name] = eigenvalue_ratios(small)
+        if diagonal in names:
+            found[diagonal] = diagonal_lifts(left, right, small, ends.inputs, ends.outputs)
     if top in names:
         vectors = ends.inputs.vectors, ends.outputs.vectors
         found[top] = top_self_shares(left, right, *vectors, ends.asked)
