@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from skhead._checks import check_count
 from skhead._heads import Head, layer_sizes, named_heads
 from skhead._prompts import Batch, Prompter, batches, labelled_pairs
 from skhead.exceptions import UnsupportedLayoutError
@@ -58,8 +59,7 @@ def rank_heads(scores: pd.Series, *, n: int | None = None) -> list[str]:
         )
     if n is None:
         n = next((most for below, most in _LIMITS.items() if len(values) < below), _MOST)
-    if n < 1:
-        raise ValueError(f"rank_heads: n must be at least 1, got {n}")
+    check_count("n", n, "rank_heads")
     order = np.argsort(values, kind="stable")[::-1][:n]
     return [str(scores.index[place]) for place in order if values[place] > 0]
 
@@ -169,8 +169,7 @@ def ablate(
     sizes = layer_sizes(bridge, _CALLER)
     order = named_heads(heads, sizes, _CALLER)
     numbers = _numbers(counts, len(order))
-    if isinstance(n_random, bool) or not isinstance(n_random, int | np.integer) or n_random < 0:
-        raise ValueError(f"{_CALLER}: n_random must be an integer of at least 0, got {n_random!r}")
+    check_count("n_random", n_random, _CALLER, smallest=0)
     random_orders = _random_orders(order, sizes, n_random, np.random.default_rng(random_state))
     rows: list[dict[str, Any]] = []
     with evaluating(bridge):
@@ -188,9 +187,7 @@ def _numbers(counts: Sequence[int] | None, n_heads: int) -> list[int]:
     if counts is None:
         return list(range(1, n_heads + 1))
     for count in counts:
-        if isinstance(count, bool) or not isinstance(count, int | np.integer):
-            raise ValueError(f"{_CALLER}: counts must be integers, got {count!r}")
-        if not 0 <= count <= n_heads:
+        if check_count("counts", count, _CALLER, smallest=0) > n_heads:
             raise ValueError(
                 f"{_CALLER}: counts must be from 0 to the {n_heads} heads given, got {count}"
             )

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from skhead import datasets
+from skhead._checks import check_count
 from skhead.exceptions import HeadTableError
 from skhead.weights import load_heads
 from skhead.weights.running import (
@@ -138,7 +139,7 @@ def label_heads(
     bridge = open_bridge(model)
     generator = np.random.default_rng(random_state)
     corpora: dict[str, list[torch.Tensor]] = {}
-    if _whole("n_sequences", n_sequences, 0):
+    if check_count("n_sequences", n_sequences, _CALLER, smallest=0):
         special = _special_tokens(model, bridge)
         bos = special.bos if bos_token == "auto" else bos_token
         automatic = isinstance(vocabulary, str) and vocabulary == "auto"
@@ -176,12 +177,6 @@ def _checked_thresholds(thresholds: Mapping[str, float] | None) -> dict[str, flo
             )
         limits[name] = float(value)
     return limits
-
-
-def _whole(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{_CALLER}: {name} must be an integer of at least {least}, got {value!r}")
-    return int(value)
 
 
 def _batches(bridge: Any, tokens: Any) -> list[torch.Tensor]:
@@ -225,7 +220,9 @@ def _repeated_tokens(
     """Sequences of one random block twice, behind the beginning-of-sequence token if any."""
     n_front = 0 if bos is None else 1
     room = (int(bridge.cfg.n_ctx) - n_front) // 2
-    block = min(_LENGTH, room) if length is None else _whole("length", length, 2)
+    block = (
+        min(_LENGTH, room) if length is None else check_count("length", length, _CALLER, smallest=2)
+    )
     if not 2 <= block <= room:
         raise ValueError(
             f"{_CALLER}: a random block of length {block} does not fit twice into the model's "
@@ -244,12 +241,10 @@ def _repeated_tokens(
             f"{_CALLER}: vocabulary holds token {odd}; the model's tokens are 0 to {n_vocab - 1}"
         )
     drawn = np.stack(
-        [
-            generator.choice(words, block, replace=words.size < block)
-            for _ in range(_whole("n_sequences", n_sequences, 1))
-        ]
+        [generator.choice(words, block, replace=words.size < block) for _ in range(n_sequences)]
     )
-    front = np.full((len(drawn), n_front), _whole("bos_token", bos, 0) if n_front else 0)
+    first = check_count("bos_token", bos, _CALLER, smallest=0) if n_front else 0
+    front = np.full((len(drawn), n_front), first)
     return np.concatenate([front, drawn, drawn], axis=1)
 
 

@@ -22,6 +22,7 @@ from skhead._base import (
     parse_bytes,
 )
 from skhead._callers import saying_once, warn_user
+from skhead._checks import check_count, check_number
 from skhead._circuits.models import ScoredHeads, missing_in_stack, score_model, score_stack
 from skhead._circuits.scores import GROUPS, identity_parts
 from skhead._circuits.surroundings import ModelReader, Reading
@@ -331,18 +332,12 @@ class CircuitScorer(HeadEstimator):
         check_option("errors", self.errors, ("warn", "raise", "ignore"), name)
         parse_bytes(self.max_memory, name)
         check_device(self.device, name, float64=True)
-        scale: Any = self.position_scale
-        if not isinstance(scale, int | float | np.number) or not 0 < scale < np.inf:
-            raise ValueError(f"{name}: position_scale must be a number above 0, got {scale!r}")
-        for parameter, least in (("relative_position", 0), ("n_positions", 3), ("n_tokens", 1)):
-            value = getattr(self, parameter)
-            if parameter == "n_tokens" and value is None:
-                continue
-            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-            if not whole or value < least:
-                raise ValueError(
-                    f"{name}: {parameter} must be an integer of at least {least}, got {value!r}"
-                )
+        if not check_number("position_scale", self.position_scale, name) > 0:
+            raise ValueError(f"{name}: position_scale must be above 0; got {self.position_scale!r}")
+        check_count("relative_position", self.relative_position, name, smallest=0)
+        check_count("n_positions", self.n_positions, name, smallest=3)
+        if self.n_tokens is not None:
+            check_count("n_tokens", self.n_tokens, name)
 
     def _open(self, X: Any) -> list[HeadInput]:
         """The heads of each source; one part for a stack."""

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
+from skhead._checks import check_count
 from skhead._prompts import Batch, Prompter, batches, labelled_pairs
 from skhead._tokenizers import as_encoder
 from skhead.exceptions import HeadTableError, UnsupportedLayoutError
@@ -209,12 +210,10 @@ def _counts(k: Any, name: str) -> list[int]:
             raise ValueError(f"{_CALLER}: k names no number for operation {name!r}")
         k = k[name]
     listed = [k] if np.ndim(k) == 0 else list(k)
-    for value in listed:
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"{_CALLER}: k must be integers of at least 1, got {value!r}")
-    if not listed or len(set(listed)) != len(listed):
-        raise ValueError(f"{_CALLER}: k must hold distinct numbers, got {listed}")
-    return [int(value) for value in listed]
+    counts = [check_count("k", value, _CALLER) for value in listed]
+    if not counts or len(set(counts)) != len(counts):
+        raise ValueError(f"{_CALLER}: k must hold distinct numbers, got {counts}")
+    return counts
 
 
 def _template_name(template: Any, place: int) -> str:
@@ -244,7 +243,9 @@ class _Weights:
                 f"{_CALLER}: unembedding has shape {tuple(rows.shape)}; expected "
                 f"{(n_vocab, d_model)}, a row per token"
             )
-        if n_valid_tokens is not None and not 1 <= n_valid_tokens <= n_vocab:
+        if n_valid_tokens is not None and (
+            check_count("n_valid_tokens", n_valid_tokens, _CALLER) > n_vocab
+        ):
             raise ValueError(
                 f"{_CALLER}: n_valid_tokens must be from 1 to {n_vocab}, got {n_valid_tokens}"
             )

@@ -456,7 +456,7 @@ def test_ranking_is_that_of_the_published_lists():
     assert rank_heads(scores * 0) == []
     with pytest.raises(ValueError, match="the score of L0H3 is not finite"):
         rank_heads(scores.mask(scores.index == "L0H3"))
-    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="n must be an integer of at least 1; got 0"):
         rank_heads(scores, n=0)
 
 
@@ -484,7 +484,7 @@ def test_ranking_is_that_of_the_published_lists():
         ([(1, 2)], ["The X"], {}, ValueError, "must hold <X> once, it holds it 0 times"),
         ([(1, 2)], ["The <X>"], {}, TypeError, "the text 'The' needs a tokenizer"),
         ([(1, "ab")], [([1], [])], {"tokenizer": Letters()}, ValueError, "' ab' .* is 3 tokens"),
-        ([(1, 2)], [([1], [])], {"k": 0}, ValueError, "k must be integers of at least 1, got 0"),
+        ([(1, 2)], [([1], [])], {"k": 0}, ValueError, "k must be an integer of at least 1; got 0"),
         ([(1, 2)], [([1], [])], {"k": [2, 2]}, ValueError, r"distinct numbers, got \[2, 2\]"),
         ([(1, 2)], [([1], [])], {"k": {"a": 1}}, ValueError, "no number for operation 'operation'"),
         ([(1, 2)], [([1], [])], {"bos_token": "<s>"}, TypeError, "bos_token must be a token id"),
@@ -515,7 +515,12 @@ def test_a_source_that_merges_with_what_follows():
         (["first"], {}, HeadTableError, "'first' is no head"),
         ([(0, 1), "L0H1"], {}, HeadTableError, "head 'L0H1' is named twice"),
         (["L1H1"], {"counts": [2]}, ValueError, "counts must be from 0 to the 1 heads given"),
-        (["L1H1"], {"counts": [0.5]}, ValueError, "counts must be integers, got 0.5"),
+        (
+            ["L1H1"],
+            {"counts": [0.5]},
+            ValueError,
+            "counts must be an integer of at least 0; got 0.5",
+        ),
         (["L1H1"], {"n_random": -1}, ValueError, "n_random must be an integer of at least 0"),
         (["L1H1"], {"operation": {"a": [(1, 2)], "b": [(1, 2)]}}, ValueError, "holds a, b; give"),
         (["L1H1"], {"templates": [([], [])]}, ValueError, "has 1 tokens; at least 2 are needed"),
