@@ -31,6 +31,7 @@ __all__ = [
     "SourceHeads",
     "check_ids",
     "copying_form",
+    "given_vectors",
     "heads_at",
     "layer_rows",
     "models_with_tokens",
@@ -224,6 +225,19 @@ def token_matrix(space: TokenSpace, which: str, caller: str) -> torch.Tensor:
     if matrix is None:
         raise UnsupportedLayoutError(f"{caller}: {space.missing[which]}")
     return matrix
+
+
+def given_vectors(vectors: Any, which: str, d_model: int, caller: str) -> torch.Tensor:
+    """Token vectors of the caller's as float32 or wider, in memory of their own."""
+    given = vectors if isinstance(vectors, torch.Tensor) else torch.as_tensor(np.asarray(vectors))
+    if given.ndim != 2 or given.shape[1] != d_model or not len(given):
+        raise HeadShapeError(
+            f"{caller}: {which} must have shape (n_vocab, {d_model}), one row of d_model numbers "
+            f"for each token; got {tuple(given.shape)}"
+        )
+    if given.is_complex() or not bool(torch.isfinite(given).all()):
+        raise HeadShapeError(f"{caller}: {which} must be real and finite; repair or remove rows")
+    return given.detach().to(torch.promote_types(given.dtype, torch.float32), copy=True)
 
 
 def token_ends(space: TokenSpace, caller: str) -> tuple[torch.Tensor, torch.Tensor]:

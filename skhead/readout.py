@@ -25,11 +25,18 @@ from skhead._base import (
 )
 from skhead._checks import check_count
 from skhead._devices import check_device
-from skhead._inputs import Processing, check_ids, token_columns, token_matrix, token_texts
+from skhead._inputs import (
+    Processing,
+    check_ids,
+    given_vectors,
+    token_columns,
+    token_matrix,
+    token_texts,
+)
 from skhead._progress import progress_bar, reports_fit
 from skhead._tags import HeadEstimatorTags, HeadTags
 from skhead.containers import Subspaces
-from skhead.exceptions import HeadShapeError, HeadTableError
+from skhead.exceptions import HeadTableError
 from skhead.linalg.precision import fast_float32_matmul
 from skhead.weights import head_labels
 
@@ -177,7 +184,9 @@ class SubspaceReadout(HeadEstimator):
         check_count("n_tokens", self.n_tokens, name)
         heads = X.heads if isinstance(X, Subspaces) else self._open(X).heads
         self.d_model_ = int(heads["d_model"].iloc[0])
-        self._vectors = None if vectors is None else _as_vectors(vectors, self.d_model_, name)
+        self._vectors = (
+            None if vectors is None else given_vectors(vectors, "vectors", self.d_model_, name)
+        )
         self.source_ = self._only_source(heads) if vectors is None else None
         self.n_vocab_ = len(self._token_vectors())
         self.tokens_ = check_ids(self.tokens, self.n_vocab_, "tokens", name)
@@ -345,20 +354,6 @@ class SubspaceReadout(HeadEstimator):
             with fast_float32_matmul(bases.device):
                 cross = (some.to(bases.dtype) @ flat).view(len(some), n_bases, rank)
             yield slice(start, start + len(some)), torch.linalg.vector_norm(cross, dim=2).T
-
-
-def _as_vectors(vectors: Any, d_model: int, caller: str) -> torch.Tensor:
-    """Token vectors of the caller's as float32 or wider, in memory of their own."""
-    given = vectors if isinstance(vectors, torch.Tensor) else torch.as_tensor(np.asarray(vectors))
-    if given.ndim != 2 or given.shape[1] != d_model or not len(given):
-        raise HeadShapeError(
-            f"{caller}: vectors must have shape (n_vocab, {d_model}), one row of d_model numbers "
-            f"for each token; got {tuple(given.shape)}"
-        )
-    if given.is_complex() or not bool(torch.isfinite(given).all()):
-        raise HeadShapeError(f"{caller}: vectors must be real and finite; repair or remove rows")
-    wide = given.detach().to(torch.promote_types(given.dtype, torch.float32))
-    return wide.clone()
 
 
 def _lengths(rows: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from skhead._devices import check_device
 from skhead._inputs import (
     Processing,
     check_ids,
+    given_vectors,
     heads_at,
     layer_rows,
     token_columns,
@@ -351,7 +352,7 @@ class SalientOperations(HeadEstimator):
         found = {}
         for which, values in (("embedding", embedding), ("unembedding", unembedding)):
             if values is not None:
-                found[which] = _as_vectors(values, which, self.d_model_, name)
+                found[which] = given_vectors(values, which, self.d_model_, name)
         lengths = {len(vectors) for vectors in found.values()}
         if len(lengths) > 1:
             raise HeadShapeError(
@@ -460,16 +461,3 @@ class _Layer:
     w_v: torch.Tensor
     w_o: torch.Tensor
     vectors: torch.Tensor
-
-
-def _as_vectors(vectors: Any, which: str, d_model: int, caller: str) -> torch.Tensor:
-    """Token vectors of the caller's as float32 or wider, in memory of their own."""
-    given = vectors if isinstance(vectors, torch.Tensor) else torch.as_tensor(np.asarray(vectors))
-    if given.ndim != 2 or given.shape[1] != d_model or not len(given):
-        raise HeadShapeError(
-            f"{caller}: {which} must have shape (n_vocab, {d_model}), one row of d_model numbers "
-            f"for each token; got {tuple(given.shape)}"
-        )
-    if given.is_complex() or not bool(torch.isfinite(given).all()):
-        raise HeadShapeError(f"{caller}: {which} must be real and finite; repair or remove rows")
-    return given.detach().to(torch.promote_types(given.dtype, torch.float32)).clone()
