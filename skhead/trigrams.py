@@ -18,6 +18,8 @@ from skhead._inputs import (
     Processing,
     SourceHeads,
     check_ids,
+    heads_at,
+    layer_rows,
     models_with_tokens,
     token_matrix,
     token_texts,
@@ -97,7 +99,8 @@ def skip_trigrams(
     Notes
     -----
     The vocabulary is taken some source tokens at a time, so that no matrix of tokens against tokens
-    is held beyond 64 MiB. Positions, biases and the norms' division are no part of the circuits.
+    is held beyond 64 MiB, and the heads layer by layer. Positions, biases and the norms' division
+    are no part of the circuits.
 
     References
     ----------
@@ -142,15 +145,15 @@ def _tables_of_model(
     asked = torch.as_tensor(
         check_ids(sources, len(embedding), "sources", _CALLER), device=embedding.device
     )
-    stacks = [process.stack(model.heads, role) for role in ROLES]
-    tables = []
-    for i in progress_bar(range(len(model.labels)), _CALLER, unit="head"):
-        w_q, w_k, w_v, w_o = (stack[i] for stack in stacks)
-        queries = embedding @ w_q / w_q.shape[1] ** 0.5
-        sides = (_centred(embedding @ w_k), queries, embedding @ w_v, _centred(unembedding @ w_o))
-        strongest = _strongest(sides, asked, n_kept, n_listed)
-        tables.append(_table(strongest, model.labels[i]))
-    return tables
+    tables: dict[int, pd.DataFrame] = {}
+    for rows in progress_bar(layer_rows(model.table), _CALLER, unit="layer"):
+        stacks = [process.stack(heads_at(model.heads, rows), role) for role in ROLES]
+        for row, w_q, w_k, w_v, w_o in zip(rows.tolist(), *stacks, strict=True):
+            queries = embedding @ w_q / w_q.shape[1] ** 0.5
+            keys, outputs = _centred(embedding @ w_k), _centred(unembedding @ w_o)
+            sides = (keys, queries, embedding @ w_v, outputs)
+            tables[row] = _table(_strongest(sides, asked, n_kept, n_listed), model.labels[row])
+    return [tables[row] for row in range(len(tables))]
 
 
 def _centred(rows: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from toys import random_weights, registered
@@ -15,8 +16,10 @@ from skhead.trigrams import skip_trigrams
 N_VOCAB = 30
 
 
-def model(seed=0):
-    tensors = random_weights(n_layers=1, n_heads=3, n_kv_heads=1, d_model=24, d_head=5, seed=seed)
+def model(seed=0, n_layers=1):
+    tensors = random_weights(
+        n_layers=n_layers, n_heads=3, n_kv_heads=1, d_model=24, d_head=5, seed=seed
+    )
     generator = torch.Generator().manual_seed(seed + 1)
     tensors["embed.W_E"] = torch.randn(N_VOCAB, 24, generator=generator) + 0.5
     tensors["unembed.W_U"] = torch.randn(24, N_VOCAB, generator=generator) + 0.5
@@ -55,6 +58,15 @@ def test_equals_whole_circuits(scratch, monkeypatch):
                 best = np.argsort(-logits[source])[:3]
                 assert rows["out"].tolist() == best.tolist()
                 np.testing.assert_allclose(rows["logit"], logits[source, best], rtol=1e-4)
+
+
+def test_heads_come_in_the_order_of_the_table():
+    with registered(model(n_layers=3)) as heads:
+        mixed = heads.sample(frac=1, random_state=0)
+        straight, found = (skip_trigrams(table, n_sources=2, k=2) for table in (heads, mixed))
+    assert found["head"].unique().tolist() == mixed.index.tolist()
+    expected = pd.concat([straight[straight["head"] == label] for label in mixed.index])
+    pd.testing.assert_frame_equal(found, expected.reset_index(drop=True), rtol=1e-5)
 
 
 def test_a_planted_trigram():
