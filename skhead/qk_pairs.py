@@ -15,7 +15,7 @@ from skhead._frozen import Frozen, row_positions
 from skhead._html import Listing, ShowsSummary, Summary, span
 from skhead.exceptions import HeadShapeError
 
-__all__ = ["QKPairs"]
+__all__ = ["QKPairs", "pair_kinds"]
 
 _HINT = "; each brings its keys along"
 
@@ -218,10 +218,7 @@ class QKPairs(ShowsSummary, Frozen):
     @property
     def agreement(self) -> NDArray[np.int8]:
         """Kind of every pair, ``(n_keys, n_features)``: 1 positive, 0 negative, -1 not counted."""
-        asked = self.query_labels[self.query_index]
-        found = np.asarray(asked == self.key_labels).astype(np.int8)
-        found[pd.isna(asked) | pd.isna(self.key_labels)] = -1
-        return found
+        return pair_kinds(self.query_labels[self.query_index], self.key_labels)
 
     def with_query_labels(self, labels: Any) -> QKPairs:
         """The same pairs, for queries that look for something else.
@@ -364,6 +361,13 @@ class QKPairs(ShowsSummary, Frozen):
             f"QKPairs({of}{len(self)} queries, {len(self.keys)} keys, d_head {self.d_head}, "
             f"{counted})"
         )
+
+
+def pair_kinds(asked: NDArray[Any], found: NDArray[Any]) -> NDArray[np.int8]:
+    """Kind of pairs by their labels: 1 where they agree, 0 where not, -1 where one is missing."""
+    kinds = np.asarray(asked == found).astype(np.int8)
+    kinds[pd.isna(asked) | pd.isna(found)] = -1
+    return kinds
 
 
 _PARTS = ("Q_pos", "K_pos", "Q_neg", "K_neg")

@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from skhead.exceptions import NoContrastError
-from skhead.qk_pairs import QKPairs
+from skhead.qk_pairs import QKPairs, pair_kinds
 
 __all__ = ["WEIGHTINGS", "Permutations", "WeightedPairs", "classes_asked", "weigh_pairs"]
 
@@ -143,10 +143,12 @@ def weigh_pairs(pairs: QKPairs, column: int, weighting: str, asked: Any = None) 
     -------
     WeightedPairs
     """
-    kinds = pairs.agreement[:, column]
-    index = pairs.query_index
+    index, queries = pairs.query_index, pairs.query_labels[:, column]
+    rows = np.arange(len(index))
     if asked is not None:
-        kinds[pairs.query_labels[index, column] != asked] = -1
+        rows = np.flatnonzero((queries == asked)[index])
+    kinds = np.full(len(index), -1, dtype=np.int8)
+    kinds[rows] = pair_kinds(queries[index[rows]], pairs.key_labels[rows, column])
     strata = index
     if pairs.key_groups is not None:
         codes, groups = pd.factorize(pairs.key_groups[:, column], use_na_sentinel=False)
