@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-__all__ = ["check_count", "check_number", "label_array"]
+__all__ = ["check_count", "check_number", "check_operation_names", "label_array"]
 
 
 def check_count(name: str, value: Any, caller: str, *, smallest: int = 1) -> int:
@@ -27,6 +28,16 @@ def check_number(name: str, value: Any, caller: str) -> float:
     if not real or isinstance(value, bool) or not np.isfinite(value):
         raise ValueError(f"{caller}: {name} must be a finite number; got {value!r}")
     return float(value)
+
+
+def check_operation_names(operations: Mapping[str, Any], caller: str) -> None:
+    """Refuse names of operations that are no texts, or look like those of suppression."""
+    for name in operations:
+        if not isinstance(name, str) or not name or name.startswith("-"):
+            raise ValueError(
+                f"{caller}: names of operations must be texts that do not begin with '-', which "
+                f"marks suppression; got {name!r}"
+            )
 
 
 def label_array(values: Any) -> NDArray[np.generic]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from skhead.exceptions import HeadTableError
+from skhead.weights import load_heads
 from skhead.weights.running import attention_layers
 
-__all__ = ["Head", "layer_sizes", "named_heads"]
+__all__ = ["Head", "layer_sizes", "named_heads", "running_labels"]
 
 _LABEL = re.compile(r"L(\d+)H(\d+)")
 
@@ -32,6 +34,34 @@ def layer_sizes(bridge: Any, caller: str) -> dict[int, int]:
     """
     layers = attention_layers(bridge, caller)
     return {layer: int(bridge.blocks[layer].attn.W_O.shape[0]) for layer in layers}
+
+
+def running_labels(model: Any, heads: Sequence[Head], caller: str) -> list[str]:
+    """Labels of the heads that run, as `load_heads` gives them where the model is a source.
+
+    Parameters
+    ----------
+    model : str, path-like, torch.nn.Module or TransformerBridge
+    heads : sequence of (layer, head)
+        Those that run, in order.
+    caller : str
+        The function to name in errors.
+
+    Raises
+    ------
+    HeadTableError
+        If the heads table of the source lists others.
+    """
+    if not isinstance(model, str | os.PathLike):
+        return [f"L{layer}H{head}" for layer, head in heads]
+    table = load_heads(model)
+    listed = list(zip(table["layer"].tolist(), table["head"].tolist(), strict=True))
+    if listed != list(heads):
+        raise HeadTableError(
+            f"{caller}: the model that runs has {len(heads)} heads, and the heads table of "
+            f"{os.fspath(model)} lists {len(listed)} others"
+        )
+    return table.index.tolist()
 
 
 def named_heads(heads: Any, sizes: Mapping[int, int], caller: str) -> list[Head]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from skhead._checks import check_operation_names
 from skhead._tokenizers import as_encoder, front_tokens
 from skhead.weights.running import token_batches
 
@@ -213,12 +214,7 @@ def labelled_pairs(operation: Any, caller: str) -> dict[str, Any]:
     named = dict(operation) if isinstance(operation, Mapping) else {"operation": operation}
     if not named:
         raise ValueError(f"{caller}: there is no operation in the mapping; give at least one")
-    for name in named:
-        if not isinstance(name, str) or not name or name.startswith("-"):
-            raise ValueError(
-                f"{caller}: names of operations must be texts that do not begin with '-', which "
-                f"marks suppression; got {name!r}"
-            )
+    check_operation_names(named, caller)
     return named
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -15,8 +14,7 @@ from numpy.typing import NDArray
 
 from skhead import datasets
 from skhead._checks import check_count
-from skhead.exceptions import HeadTableError
-from skhead.weights import load_heads
+from skhead._heads import running_labels
 from skhead.weights.running import (
     attention_layers,
     evaluating,
@@ -154,7 +152,9 @@ def label_heads(
         )
     with evaluating(bridge):
         measured = {name: _measure(bridge, batches) for name, batches in corpora.items()}
-    return _table(_labels(model, measured), measured, limits)
+    heads = next(iter(measured.values())).scores()[1]
+    labels = pd.Index(running_labels(model, heads, _CALLER), dtype=object)
+    return _table(labels, measured, limits)
 
 
 def _checked_thresholds(thresholds: Mapping[str, float] | None) -> dict[str, float]:
@@ -347,21 +347,6 @@ def _targets(tokens: torch.Tensor) -> torch.Tensor:
     stacked = torch.stack([by_name[name] for name in BEHAVIOURS], dim=1)
     stacked[:, :, :_FIRST_QUERY] = False
     return stacked
-
-
-def _labels(model: Any, measured: Mapping[str, _Measured]) -> pd.Index:
-    """Labels of the heads that ran, as `load_heads` gives them."""
-    heads = next(iter(measured.values())).scores()[1]
-    if not isinstance(model, str | os.PathLike):
-        return pd.Index([f"L{layer}H{head}" for layer, head in heads])
-    table = load_heads(model)
-    listed = list(zip(table["layer"].tolist(), table["head"].tolist(), strict=True))
-    if listed != heads:
-        raise HeadTableError(
-            f"{_CALLER}: the model that runs has {len(heads)} heads, and the heads table of "
-            f"{os.fspath(model)} lists {len(listed)} others"
-        )
-    return table.index
 
 
 def _table(

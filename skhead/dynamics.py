@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from skhead._checks import check_count
+from skhead._heads import running_labels
 from skhead._prompts import Batch, Prompter, batches, labelled_pairs
 from skhead._tokenizers import as_encoder
-from skhead.exceptions import HeadTableError, UnsupportedLayoutError
+from skhead.exceptions import UnsupportedLayoutError
 from skhead.linalg.ranks import count_above
-from skhead.weights import load_heads
 from skhead.weights.running import attention_layers, evaluating, open_bridge
 
 __all__ = ["TEMPLATES", "dynamic_scores", "multi_token_pairs"]
@@ -149,7 +148,8 @@ def dynamic_scores(
     prompts = {name: prompter.write(pairs, templates, name) for name, pairs in operations.items()}
     bridge = open_bridge(model)
     weights = _Weights.of(bridge, unembedding, n_valid_tokens)
-    labels = _head_labels(model, weights)
+    heads = [(layer, head) for layer, size in weights.sizes.items() for head in range(size)]
+    labels = running_labels(model, heads, _CALLER)
     names = [_template_name(template, place) for place, template in enumerate(templates)]
     frames = []
     with evaluating(bridge):
@@ -266,22 +266,6 @@ def _output_matrices(bridge: Any, layer: int) -> torch.Tensor:
             f"{layer}: {error}"
         ) from error
     return matrices
-
-
-def _head_labels(model: Any, weights: _Weights) -> list[str]:
-    """Labels of the heads that run; those of the heads table where the model is a source."""
-    labels = [f"L{layer}H{head}" for layer, n in weights.sizes.items() for head in range(n)]
-    if isinstance(model, str | os.PathLike):
-        table = load_heads(model)
-        listed = [
-            f"L{layer}H{head}" for layer, head in zip(table["layer"], table["head"], strict=True)
-        ]
-        if listed != labels:
-            raise HeadTableError(
-                f"{_CALLER}: the model that runs has {len(labels)} heads, and the heads table of "
-                f"{os.fspath(model)} lists {len(listed)} others"
-            )
-    return labels
 
 
 def _long(

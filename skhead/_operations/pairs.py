@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from skhead._checks import check_operation_names
 from skhead.datasets._operations import filter_operations
 
 __all__ = ["TokenPairs", "check_targets", "token_pairs"]
@@ -57,12 +58,7 @@ def token_pairs(
             f"{caller}: operations must be a mapping from names to lists of (source, target) pairs "
             f"with at least one operation; got {type(operations).__name__} {operations!r:.60}"
         )
-    for name in operations:
-        if not isinstance(name, str) or not name or name.startswith("-"):
-            raise ValueError(
-                f"{caller}: names of operations must be texts that do not begin with '-', which "
-                f"marks suppression; got {name!r}"
-            )
+    check_operation_names(operations, caller)
     of_ids = {name: _ids(name, pairs, caller) for name, pairs in operations.items()}
     words = {name: operations[name] for name, ids in of_ids.items() if ids is None}
     ids, counts = {}, []
