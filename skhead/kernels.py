@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from skhead._base import (
-    ROLES,
-    HeadInput,
-    defined_pairs,
-    goes_forward,
-    rank_scale,
-)
+from skhead._base import HeadInput, defined_pairs, goes_forward, rank_scale
 from skhead._compared import Compared, Law, Measured, Sides, forward_spans
 from skhead._inputs import refuse_zero_maps
 from skhead._pairwise import LAYER_ORDERS, MatrixKernel, SubspaceKernel
@@ -23,16 +17,12 @@ from skhead._progress import reports_fit
 from skhead._tags import HeadTags
 from skhead._tiling import Factors
 from skhead.exceptions import HeadShapeError
-from skhead.linalg.factored import map_factors
+from skhead.linalg.factored import facing_factors, map_factors
 from skhead.linalg.precision import MATMUL_PRECISIONS
 from skhead.linalg.stacks import expand
 from skhead.stats.haar import haar_moments
 
 __all__ = ["CompositionScore", "ProjectionKernel"]
-
-#: Of the map that the column head reads through: the side that faces the row head, the side away
-#: from it.
-_READER_ROLES = {"OQ": ("Q", "K"), "OK": ("K", "Q"), "OV": ("V", "O")}
 
 
 class ProjectionKernel(SubspaceKernel):
@@ -211,7 +201,7 @@ class CompositionScore(MatrixKernel):
         "matmul_precision": MATMUL_PRECISIONS,
         "baseline": (None, "difference", "ratio"),
     }
-    _allowed_pairs = tuple(_READER_ROLES)
+    _allowed_pairs = ("OQ", "OK", "OV")
 
     def __init__(
         self,
@@ -263,13 +253,11 @@ class CompositionScore(MatrixKernel):
 
     def _measure(self, rows: HeadInput, columns: HeadInput | None) -> Measured:
         reference = rows if columns is None else columns
-        read = self._matrices(reference, self._roles_to_read())
-        own = read if columns is None else self._matrices(rows, "VO")
-        writer, writer_norms = self._factors(own["O"], own["V"], rows, "OV")
-        readers = [
-            self._factors(read[facing], read[away], reference, pair)
-            for pair, facing, away in ((pair, *_READER_ROLES[pair]) for pair in self.pairs_)
-        ]
+        reading = [pair[1] for pair in self.pairs_]
+        read = self._factors(reference, [*reading, "O"] if columns is None else reading)
+        own = read if columns is None else self._factors(rows, ["O"])
+        writer, writer_norms = own["O"]
+        readers = [read[role] for role in reading]
         dtype = torch.promote_types(writer.dtype, readers[0][0].dtype)
         stacks = [reader.to(dtype) for reader, _ in readers]
         blocks = {pair: (0, p) for p, pair in enumerate(self.pairs_)}
@@ -292,7 +280,7 @@ class CompositionScore(MatrixKernel):
 
     def _factors_of(self, pairs: Sequence[str]) -> Factors:
         blocks = tuple((0, p) for p in range(len(pairs)))
-        return Factors(("O",), ("Q",) * len(pairs), blocks, copies=3)
+        return Factors(("O",), ("Q",) * len(pairs), blocks, copies=2)
 
     def _above_baseline(self, score: NDArray[np.float64]) -> NDArray[np.float64]:
         chance = self.d_model_**-0.5
@@ -300,26 +288,30 @@ class CompositionScore(MatrixKernel):
             return score
         return score - chance if self.baseline == "difference" else score / chance
 
-    def _roles_to_read(self) -> str:
-        return "VO" if self.pairs_ == ("OV",) else ROLES
-
-    def _matrices(self, source: HeadInput, roles: str) -> Mapping[str, torch.Tensor]:
-        read = {}
-        for role in roles:
-            stack = source.read(
-                role, fold_norm=self.fold_norm, center=self.center, device=self.device
-            )
-            read[role] = expand(stack.tensor, stack.index)
-        return read
-
     def _factors(
-        self, outer: torch.Tensor, inner: torch.Tensor, source: HeadInput, pair: str
-    ) -> tuple[torch.Tensor, NDArray[np.float64]]:
-        """Factors of the maps through which the heads write or read, and their norms, none zero."""
-        factors, found = map_factors(outer, inner)
-        name = "OV" if pair == "OV" else "QK"
-        refuse_zero_maps(found, source.heads, name, type(self).__name__)
-        return factors, found.cpu().numpy().astype(np.float64)
+        self, source: HeadInput, roles: Sequence[str]
+    ) -> dict[str, tuple[torch.Tensor, NDArray[np.float64]]]:
+        """Factors of the maps that face other heads with a role, and their norms, none zero."""
+        found = {}
+        for name in ("QK", "OV"):
+            facing = [role for role in name if role in roles]
+            if not facing:
+                continue
+            ends = name if facing[0] == name[0] else name[::-1]
+            first, second = self._matrices(source, ends[0]), self._matrices(source, ends[1])
+            if len(facing) == 2:
+                factored = facing_factors(first, second, overwrite=source.stacks is None)
+            else:
+                factored = [map_factors(first, second)]
+            for role, (factors, norms) in zip(facing, factored, strict=True):
+                refuse_zero_maps(norms, source.heads, name, type(self).__name__)
+                found[role] = factors, norms.cpu().numpy().astype(np.float64)
+        return found
+
+    def _matrices(self, source: HeadInput, role: str) -> torch.Tensor:
+        """A matrix of that role for every head."""
+        read = source.read(role, fold_norm=self.fold_norm, center=self.center, device=self.device)
+        return expand(read.tensor, read.index)
 
 
 def _haar_summary(

@@ -13,6 +13,7 @@ from skhead.linalg.precision import wide
 __all__ = [
     "Spectrum",
     "cross_products",
+    "facing_factors",
     "frobenius_norms",
     "gram_roots",
     "map_factors",
@@ -25,6 +26,8 @@ __all__ = [
 
 #: Bytes of scratch for what is handled at once.
 _SCRATCH = 2**27
+#: Bytes of a product that stays in a processor's cache.
+_CACHED = 2**21
 #: Norm of a map, relative to those of its sides, below which it is formed in float64.
 _CANCELLING = 1e-2
 #: Relative norm that float64 cannot tell from zero.
@@ -81,11 +84,65 @@ def map_factors(outer: torch.Tensor, inner: torch.Tensor) -> tuple[torch.Tensor,
     norms = frobenius_norms(factors)
     weak = norms < _CANCELLING
     if weak.any():
-        exact = wide(outer[weak]) @ _scaled(gram_roots(wide(inner[weak])), scale[weak])
-        left = frobenius_norms(exact)
-        factors[weak] = _scaled(exact, _reciprocal(left)).to(factors.dtype)
-        norms[weak] = (left > _ZERO).to(norms.dtype)
+        exact = _exact_factors(outer[weak], inner[weak], scale[weak])
+        factors[weak], norms[weak] = exact
     return factors, norms
+
+
+def facing_factors(
+    first: torch.Tensor, second: torch.Tensor, overwrite: bool = False
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Factors of both sides of the maps ``first second^T``, see `map_factors`.
+
+    Parameters
+    ----------
+    first, second : Tensor of shape (n_heads, d_model, d_head)
+        The sides; each faces the other head once and faces away once.
+    overwrite : bool, default=False
+        Put the factors into the memory of the sides, unless a head of theirs is of extreme scale.
+
+    Returns
+    -------
+    list of (Tensor, Tensor)
+        Factors and norms where `first` faces the other head, and where `second` does.
+    """
+    (first, first_norms), (second, second_norms) = (_within_range(x) for x in (first, second))
+    scale = _reciprocal(first_norms * second_norms)
+    roots = gram_roots(first), gram_roots(second)
+    weak = wide(torch.linalg.matrix_norm(roots[0].mT @ roots[1])) * scale < _CANCELLING
+    exact = [
+        _exact_factors(outer[weak], inner[weak], scale[weak])
+        for outer, inner in ((first, second), (second, first))
+    ]
+    found = []
+    for outer, inner_roots, (factors_of_weak, norms_of_weak) in zip(
+        (first, second), roots[::-1], exact, strict=True
+    ):
+        factors = outer if overwrite else torch.empty_like(outer)
+        _multiply(outer, _scaled(inner_roots, scale), factors)
+        norms = frobenius_norms(factors)
+        factors[weak], norms[weak] = factors_of_weak, norms_of_weak
+        found.append((factors, norms))
+    return found
+
+
+def _exact_factors(
+    outer: torch.Tensor, inner: torch.Tensor, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors of norm 1 from float64 products; where the map is zero, the norm is 0."""
+    exact = wide(outer) @ _scaled(gram_roots(wide(inner)), scale)
+    norms = frobenius_norms(exact)
+    factors = _scaled(exact, _reciprocal(norms)).to(outer.dtype)
+    return factors, (norms > _ZERO).to(norms.dtype)
+
+
+def _multiply(stack: torch.Tensor, mix: torch.Tensor, out: torch.Tensor) -> None:
+    """Products of every head's matrix, which may lie in the memory of `out`, some at a time."""
+    block = _CACHED if stack.device.type == "cpu" else _SCRATCH
+    step = max(block // max(stack[:1].nbytes, 1), 1)
+    for start in range(0, len(stack), step):
+        some = slice(start, start + step)
+        out[some] = torch.bmm(stack[some], mix[some])
 
 
 def _within_range(stack: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skhead.linalg.bases import orthonormal_bases
-from skhead.linalg.factored import gram_roots, map_factors, product_norms, signed_identity
+from skhead.linalg.factored import (
+    facing_factors,
+    gram_roots,
+    map_factors,
+    product_norms,
+    signed_identity,
+)
 from skhead.linalg.kernels import overlap_blocks, plan_overlaps
 from skhead.linalg.precision import fast_float32_matmul
 from skhead.stats.haar import haar_moments
@@ -279,6 +285,37 @@ def test_map_factors_carry_the_norm_of_the_map():
     assert torch.allclose(product_norms(w_v, w_o), norms, rtol=1e-9)
     roots = gram_roots(w_v).double()
     assert torch.allclose(roots @ roots.mT, w_v.double().mT @ w_v.double(), atol=1e-3)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_factors_of_both_sides_are_those_of_either(overwrite):
+    q, k = random_stack(40, 90, 9, 0), random_stack(40, 90, 9, 1)
+    q[3], k[5], q[7] = 0, 1e12 * k[5], 1e-12 * q[7]
+    # Sides that nearly cancel: their product lies in what float32 Gram matrices lose.
+    basis = torch.linalg.qr(random_stack(1, 9, 9, 2, torch.float64)[0])[0]
+    strong = torch.tensor([1.0] * 4 + [1e-6] * 5, dtype=torch.float64)
+    q[11] = (q[11].double() @ (basis * strong) @ basis.T).float()
+    k[11] = (k[11].double() @ (basis * strong.flip(0)) @ basis.T).float()
+    expected = [map_factors(q, k), map_factors(k, q)]
+    sides = q.clone(), k.clone()
+    found = facing_factors(*sides, overwrite=overwrite)
+    for side, before, (factors, norms), (alone, alone_norms) in zip(
+        sides, (q, k), found, expected, strict=True
+    ):
+        torch.testing.assert_close(factors, alone, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(norms, alone_norms, rtol=1e-5, atol=0)
+        assert norms[3] == 0 and norms[11] == 1
+        assert overwrite or torch.equal(side, before)
+
+
+def test_factors_take_the_place_of_sides_that_need_no_scaling():
+    q, k = random_stack(4, 30, 3, 0), random_stack(4, 30, 3, 1)
+    expected = [map_factors(q, k), map_factors(k, q)]
+    for (factors, _), (alone, _), side in zip(
+        facing_factors(q, k, overwrite=True), expected, (q, k), strict=True
+    ):
+        assert factors.data_ptr() == side.data_ptr()
+        torch.testing.assert_close(factors, alone)
 
 
 def test_signed_identity_of_projectors_and_their_negatives():
