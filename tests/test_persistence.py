@@ -317,8 +317,7 @@ def test_too_much_padded_text(tmp_path, monkeypatch):
 
 def test_columns_of_one_tensor_take_no_memory(tmp_path, monkeypatch):
     """A short document could else make a table of any number of copies."""
-    array = {"array": "0", "turned": False}
-    column = ["numpy", array]
+    column = ["numpy", {"array": "0", "turned": False}]
     labels = {"range": [0, 1000, 1], "name": None}
 
     def table(n_columns):
