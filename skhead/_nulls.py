@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -203,34 +203,36 @@ class AnisotropicNull(NullLaw):
         mean, z, log_p = np.full((3, *scores.shape), np.nan)
         row_groups, column_groups = (_groups(x.heads, self.by_layer) for x in (rows, columns))
 
-        @cache
-        def row_traces(h: int) -> FloatArray:
-            return _traces(rows.role(pair[0]), self._columns.mean(pair[1], h).matrix)
-
-        @cache
-        def column_traces(g: int) -> FloatArray:
-            return _traces(columns.role(pair[1]), self._rows.mean(pair[0], g).matrix)
-
-        for g in np.unique(row_groups):
-            for h in np.unique(column_groups):
-                block = np.ix_(np.flatnonzero(row_groups == g), np.flatnonzero(column_groups == h))
-                if np.isnan(scores[block]).all():
-                    continue
-                with _naming_pair("anisotropic", pair):
-                    mean[block] = leave_one_out_means(
-                        self._rows.mean(pair[0], g),
-                        self._columns.mean(pair[1], h),
-                        scores[block],
-                        row_traces(h)[row_groups == g],
-                        column_traces(g)[column_groups == h],
-                        self._rows.members(rows.heads, pair[0], g)[row_groups == g],
-                        self._columns.members(columns.heads, pair[1], h)[column_groups == h],
-                        self.shrinkage,
-                    )
-                moments = self.moments(pair, int(g), int(h))
-                z[block] = (scores[block] - mean[block]) / np.sqrt(moments.variance)
-                skewness = _skewness(similarity, p, moments.effective_dimension)
-                log_p[block] = _skewed_log_p(z[block], skewness, side)
+        blocks = {
+            (g, h): np.ix_(np.flatnonzero(row_groups == g), np.flatnonzero(column_groups == h))
+            for g in np.unique(row_groups)
+            for h in np.unique(column_groups)
+        }
+        blocks = {key: at for key, at in blocks.items() if not np.isnan(scores[at]).all()}
+        row_traces = {
+            h: _traces(rows.role(pair[0]), self._columns.mean(pair[1], h).matrix)
+            for h in {h for _, h in blocks}
+        }
+        column_traces = {
+            g: _traces(columns.role(pair[1]), self._rows.mean(pair[0], g).matrix)
+            for g in {g for g, _ in blocks}
+        }
+        for (g, h), block in blocks.items():
+            with _naming_pair("anisotropic", pair):
+                mean[block] = leave_one_out_means(
+                    self._rows.mean(pair[0], g),
+                    self._columns.mean(pair[1], h),
+                    scores[block],
+                    row_traces[h][row_groups == g],
+                    column_traces[g][column_groups == h],
+                    self._rows.members(rows.heads, pair[0], g)[row_groups == g],
+                    self._columns.members(columns.heads, pair[1], h)[column_groups == h],
+                    self.shrinkage,
+                )
+            moments = self.moments(pair, int(g), int(h))
+            z[block] = (scores[block] - mean[block]) / np.sqrt(moments.variance)
+            skewness = _skewness(similarity, p, moments.effective_dimension)
+            log_p[block] = _skewed_log_p(z[block], skewness, side)
         return Judgement(mean, z, log_p)
 
 

@@ -112,7 +112,8 @@ def test_nulls_that_two_heads_cannot_answer_say_why(tmp_path):
     assert "at least 20 finite values, got 1" in laws["empirical"]["refused"]
     words = words_of(page)
     assert words.count("Not computed here:") == 2
-    assert "Not computed here: fit_empirical_null: needs at least 20" in words
+    assert "Not computed here: NullCalibrator: null='empirical' cannot be fitted to the OQ" in words
+    assert "needs at least 20 finite values" in words
     assert "largest ratio to random subspaces, drawn or not; → reads what the head writes" in words
     assert "← writes what it reads" in words
 
