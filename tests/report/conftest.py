@@ -256,3 +256,16 @@ def tab() -> Iterator[Tab]:
         pytest.skip(f"no browser found: install one of {', '.join(NAMES)} to render pages")
     with running(browser) as page:
         yield page
+
+
+@pytest.fixture(scope="session")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of the bundled model."""
+    return write_report("skhead/induction-2l", tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture
+def opened(tab: Tab, page: Path) -> Tab:
+    """A tab that shows it."""
+    tab.open(page)
+    return tab

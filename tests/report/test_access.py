@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from skhead.report import write_comparison, write_report
+from skhead.report import write_comparison
 
 pytestmark = pytest.mark.browser
 
@@ -22,17 +22,6 @@ COUNT = "document.querySelectorAll('#{} tbody tr:not([hidden])').length"
 COLUMN = (
     "Array.from(document.querySelectorAll('#head-table tbody tr')).map(row => row.cells[{}].{})"
 )
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    return write_report("skhead/induction-2l", tmp_path_factory.mktemp("report"))
-
-
-@pytest.fixture
-def opened(tab, page):
-    tab.open(page)
-    return tab
 
 
 def assert_no_violation(tab, axe, page):

@@ -12,17 +12,6 @@ COLUMN = (
 )
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    return write_report("skhead/induction-2l", tmp_path_factory.mktemp("report"))
-
-
-@pytest.fixture
-def opened(tab, page):
-    tab.open(page)
-    return tab
-
-
 def assert_clean(tab):
     assert tab.complaints == []
     assert tab.js("document.documentElement.dataset.ready") == "true"

@@ -2,18 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from skhead.report import write_report
-
 pytestmark = pytest.mark.browser
 
 OPEN = "Array.from(document.querySelectorAll('.card[open]')).map(card => card.id)"
 FOCUSED = "document.activeElement.closest('.card')?.id"
 TOP = "document.getElementById('{}').getBoundingClientRect().top"
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    return write_report("skhead/induction-2l", tmp_path_factory.mktemp("report"))
 
 
 @pytest.fixture
