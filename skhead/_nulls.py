@@ -202,7 +202,6 @@ class AnisotropicNull(NullLaw):
         rows, columns = _subspaces(similarity)
         mean, z, log_p = np.full((3, *scores.shape), np.nan)
         row_groups, column_groups = (_groups(x.heads, self.by_layer) for x in (rows, columns))
-
         blocks = {
             (g, h): np.ix_(np.flatnonzero(row_groups == g), np.flatnonzero(column_groups == h))
             for g in np.unique(row_groups)
@@ -344,11 +343,9 @@ class EmpiricalLaw(NullLaw):
         for p, pair in enumerate(similarity.pairs):
             logs = self._log(similarity, p, plain_scores(similarity, p))
             mirrored = same_heads and np.array_equal(logs, logs.T, equal_nan=True)
-            options: dict[str, Any] = {}
-            if mirrored:
-                options = {"tol": _MIRRORED_TOLERANCE, "symmetric": True}
+            polished = partial(median_polish, tol=_MIRRORED_TOLERANCE, symmetric=True)
             with _naming_pair("empirical", pair):
-                found = median_polish(logs, **options)
+                found = polished(logs) if mirrored else median_polish(logs)
                 unlisted = np.isnan(similarity.listed(pair))
                 self.bulk[pair] = fit_empirical_null(np.where(unlisted, np.nan, found.residuals))
             self.polish[pair] = found
