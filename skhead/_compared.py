@@ -23,7 +23,7 @@ from skhead._base import (
 from skhead.containers import Subspaces
 from skhead.exceptions import DegenerateHeadError, HeadShapeError
 from skhead.linalg.alignments import Measure, cross_measures
-from skhead.linalg.kernels import Spans
+from skhead.linalg.bands import Spans
 from skhead.linalg.stacks import Stack
 from skhead.weights import head_labels
 

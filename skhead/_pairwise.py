@@ -49,7 +49,8 @@ from skhead._tiling import Factors
 from skhead.containers import Similarity, Subspaces, feature_names
 from skhead.exceptions import HeadShapeError
 from skhead.linalg.alignments import Measure, unit_stack
-from skhead.linalg.kernels import Spans, overlap_blocks
+from skhead.linalg.bands import Spans
+from skhead.linalg.kernels import overlap_blocks
 from skhead.linalg.stacks import Stack
 
 __all__ = [

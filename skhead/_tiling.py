@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from skhead._base import defined_pairs
 from skhead._callers import users_level
 from skhead.exceptions import MemoryBudgetError
-from skhead.linalg.kernels import Block, plan_overlaps
+from skhead.linalg.bands import Block
+from skhead.linalg.kernels import plan_overlaps
 
 __all__ = ["Factors", "Tile", "Tiling"]
 

@@ -14,20 +14,28 @@ numerator of a squared composition score. It can be computed
 Packing wins when ``2 r s > d``, as it is for full-rank heads of every common model; the direct
 product wins for truncated ranks. Neither forms a ``d x d`` matrix or the cross-Gram of all heads at
 once, and both leave out what no pair asks for: of heads ordered by layer, the pairs whose row does
-not lie below its column.
+not lie below its column, the writers of the last layer and the readers of the first.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from skhead.exceptions import MemoryBudgetError
+from skhead.linalg.bands import (
+    Band,
+    Block,
+    Spans,
+    UsedHeads,
+    band_area,
+    bands_of_blocks,
+    used_heads,
+)
 from skhead.linalg.precision import MATMUL_PRECISIONS, matmul_precision, product, wide
 from skhead.linalg.stacks import (
     Stack,
@@ -37,7 +45,7 @@ from skhead.linalg.stacks import (
     stack_norms,
 )
 
-__all__ = ["Block", "OverlapPlan", "Spans", "overlap_blocks", "plan_overlaps"]
+__all__ = ["OverlapPlan", "overlap_blocks", "plan_overlaps"]
 
 #: Widest residual-space block of the packed product; 128 x 128 blocks keep both of its GEMMs at
 #: full speed.
@@ -47,19 +55,10 @@ _NARROWEST_PANEL = 8
 _COPYING = ("cpu", "meta")
 #: Rows of a tile of the direct product beyond which a GEMM gains nothing.
 _WIDEST_TILE = 4096
-#: Row heads of a band of the packed product come in multiples of this, three vectors of AVX-512, at
-#: which its GEMM is as fast as any; beyond this number of bands little work is left to be saved.
-_BAND_STEP = 48
-_MOST_BANDS = 16
 #: Numbers of each factor that a CPU multiplies at a time, few enough to stay in its cache.
 _CHUNK_NUMBERS = 2**18
 #: Heads whose blocks are rounded to bfloat16 at a time.
 _ROUNDED_HEADS = 32
-
-Block = tuple[int, int]
-#: By block, the first column head that each row head asks for, and the one after the last.
-Spans = Mapping[Block, NDArray[np.int64]]
-_Band = tuple[slice, slice]
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def plan_overlaps(
     MemoryBudgetError
         If not even the smallest tiles fit.
     """
-    bands = _bands(rows, columns, blocks, spans)
+    bands = bands_of_blocks(rows, columns, blocks, spans)
     plans = []
     if method in ("auto", "packed"):
         plans.append(_plan_packed(rows, columns, bands, max_memory, precision))
@@ -181,7 +180,7 @@ def overlap_blocks(
     """
     if precision not in MATMUL_PRECISIONS:
         raise ValueError(f"precision is {precision!r}; give one of {MATMUL_PRECISIONS}")
-    bands = _bands(rows, columns, blocks, spans)
+    bands = bands_of_blocks(rows, columns, blocks, spans)
     plan = plan_overlaps(rows, columns, blocks, max_memory, method, spans, precision)
     report = progress if progress is not None else _silent
     with matmul_precision(rows[0].device, precision):
@@ -207,72 +206,26 @@ def _silent(fraction: float) -> None:
     """Report progress to nobody."""
 
 
-def _bands(
-    rows: Sequence[Stack],
-    columns: Sequence[Stack] | None,
-    blocks: Sequence[Block],
-    spans: Spans | None,
-) -> dict[Block, list[_Band]]:
-    """Of every block to compute, bands of row heads with the column heads they ask for.
-
-    Of two mirrored blocks one is computed, and of a block that is its own mirror one triangle.
-    """
-    right = rows if columns is None else columns
-    found: dict[Block, list[_Band]] = {}
-    for i, j in sorted(set(blocks)):
-        mirrored = columns is None and (j, i) in blocks
-        if mirrored and (j, i) in found:
-            continue
-        asked = None if spans is None or (mirrored and i != j) else spans.get((i, j))
-        n_rows, n_columns = len(rows[i]), len(right[j])
-        if asked is None and mirrored and i == j:
-            first = np.arange(n_rows)
-            asked = np.stack([first, np.full_like(first, n_rows)], axis=1)
-        whole = [(slice(0, n_rows), slice(0, n_columns))]
-        found[i, j] = whole if asked is None else _cut(asked)
-    return found
-
-
-def _cut(asked: NDArray[np.int64]) -> list[_Band]:
-    """Bands of neighbouring rows, each with all columns from the first to the last asked for."""
-    height = _BAND_STEP * -(-len(asked) // (_BAND_STEP * _MOST_BANDS))
-    bands: list[_Band] = []
-    for start in range(0, len(asked), height):
-        band = slice(start, min(start + height, len(asked)))
-        some = asked[band][asked[band, 0] < asked[band, 1]]
-        if not len(some):
-            continue
-        columns = slice(int(some[:, 0].min()), int(some[:, 1].max()))
-        if bands and bands[-1][0].stop == start and bands[-1][1] == columns:
-            band = slice(bands.pop()[0].start, band.stop)
-        bands.append((band, columns))
-    return bands
-
-
-def _area(band: _Band) -> int:
-    """Pairs of heads in a band."""
-    return math.prod(part.stop - part.start for part in band)
-
-
 def _plan_packed(
     rows: Sequence[Stack],
     columns: Sequence[Stack] | None,
-    bands: Mapping[Block, Sequence[_Band]],
+    bands: Mapping[Block, Sequence[Band]],
     max_memory: int,
     precision: str,
 ) -> OverlapPlan:
-    sides = [*rows] if columns is None else [*rows, *columns]
+    sides = used_heads(rows, columns, bands)
+    stacks = [stack for side in sides for stack in side.stacks]
     d_model, itemsize = rows[0].shape[1], rows[0].element_size()
-    n_heads = sum(len(stack) for stack in sides)
-    total_rank, stored_rank = _total_rank(sides), _total_rank(_stored(sides))
-    areas = [_area(band) for parts in bands.values() for band in parts]
+    n_heads = sum(len(stack) for stack in stacks)
+    total_rank, stored_rank = _total_rank(stacks), _total_rank(_stored(stacks))
+    areas = [band_area(band) for parts in bands.values() for band in parts]
     flops = float(d_model) * (d_model + _WIDEST_PANEL) * (total_rank + sum(areas))
     width = min(_WIDEST_PANEL, d_model)
     while True:
         panels = -(-d_model // width)
         width = -(-d_model // panels)
         panel = itemsize * stored_rank * width
-        chunks = _chunk_numbers(rows, width) + _chunk_numbers(columns or (), width)
+        chunks = sum(_chunk_numbers(side.stacks, width) for side in sides)
         scratch = itemsize * (n_heads * width**2 + 2 * chunks) + 2 * panel
         if scratch <= max_memory or width <= _NARROWEST_PANEL:
             break
@@ -310,15 +263,18 @@ def _chunk_numbers(stacks: Sequence[Stack], width: int) -> int:
 def _packed(
     rows: Sequence[Stack],
     columns: Sequence[Stack] | None,
-    bands: Mapping[Block, Sequence[_Band]],
+    bands: Mapping[Block, Sequence[Band]],
     plan: OverlapPlan,
     precision: str,
     report: Callable[[float], None],
 ) -> dict[Block, torch.Tensor]:
-    left = _PackedSide(rows, plan, precision)
-    right = left if columns is None else _PackedSide(columns, plan, precision)
-    sides = [left] if right is left else [left, right]
-    sums = _BandSums(left, right, bands, plan.wide_sums)
+    sides = [_PackedSide(used, plan, precision) for used in used_heads(rows, columns, bands)]
+    left, right = sides[0], sides[-1]
+    results = {
+        (i, j): new_empty(rows[i], len(rows[i]), len((columns or rows)[j])).fill_(math.nan)
+        for i, j in bands
+    }
+    sums = BandSums(left, right, bands, results, plan.wide_sums)
     total, done = left.n_panels * (left.n_panels + 1) // 2, 0
     for start in range(0, left.n_panels, plan.group):
         group = range(start, min(start + plan.group, left.n_panels))
@@ -332,28 +288,26 @@ def _packed(
                 sums.add(packed[0], packed[-1], 1.0 if p == q else 2.0)
                 done += 1
                 report(done / total)
-    return sums.finished()
+    sums.finish()
+    return results
 
 
-class _BandSums:
+class BandSums:
     """The inner products of all bands, growing block by block of the residual space."""
 
     def __init__(
         self,
         left: _PackedSide,
         right: _PackedSide,
-        bands: Mapping[Block, Sequence[_Band]],
+        bands: Mapping[Block, Sequence[Band]],
+        results: Mapping[Block, torch.Tensor],
         wide_sums: bool,
     ) -> None:
         self._wide = wide_sums
-        self._results = {
-            (i, j): new_empty(left.stacks[i], left.counts[i], right.counts[j]).fill_(math.nan)
-            for i, j in bands
-        }
         self._parts = []
         for (i, j), parts in bands.items():
             for band in parts:
-                result = self._results[i, j][band]
+                result = results[i, j][band]
                 heads = left.span(i, band[0]), right.span(j, band[1])
                 total = left.identity_part(right, *heads)
                 if wide_sums:
@@ -374,13 +328,12 @@ class _BandSums:
             else:
                 total.addmm_(a, b.mT, alpha=weight)
 
-    def finished(self) -> dict[Block, torch.Tensor]:
-        """The sums of every block, once."""
+    def finish(self) -> None:
+        """Put the sums into the results, once."""
         while self._parts:
             *_, total, result = self._parts.pop()
             if total is not result:
                 result.copy_(total.mT)
-        return self._results
 
 
 class _PackedSide:
@@ -390,11 +343,11 @@ class _PackedSide:
     put back in closed form: it carries most of the sum, and rounding is then relative to the rest.
     """
 
-    def __init__(self, stacks: Sequence[Stack], plan: OverlapPlan, precision: str) -> None:
-        self.stacks = stacks
+    def __init__(self, used: UsedHeads, plan: OverlapPlan, precision: str) -> None:
+        stacks = used.stacks
+        self.stacks, self._firsts = stacks, used.firsts
         self.d_model = stacks[0].shape[1]
-        self.counts = [len(stack) for stack in stacks]
-        self.starts = [sum(self.counts[:i]) for i in range(len(stacks) + 1)]
+        self.starts = [0, *itertools.accumulate(len(stack) for stack in stacks)]
         self.width = plan.width
         self.n_panels = -(-self.d_model // self.width)
         first = stacks[0]
@@ -411,8 +364,8 @@ class _PackedSide:
         self._columns: list[torch.Tensor] = []
 
     def span(self, stack: int, heads: slice) -> slice:
-        """Some heads of a stack among the heads of all stacks."""
-        start = self.starts[stack]
+        """Some heads of a whole stack among the used heads of all stacks."""
+        start = self.starts[stack] - self._firsts[stack]
         return slice(start + heads.start, start + heads.stop)
 
     def load_rows(self, group: range) -> None:
@@ -437,7 +390,7 @@ class _PackedSide:
         self, a: torch.Tensor, b: torch.Tensor, levels: torch.Tensor | None, out: torch.Tensor
     ) -> None:
         """Products of two panels, less the heads' levels on the diagonal if there are any."""
-        step = len(a)
+        step = max(len(a), 1)
         if self._chunks.numel() and not a.is_contiguous():
             step = max(self._chunks.shape[1] // max(a[0].numel(), b[0].numel()), 1)
         if self._rounded:
@@ -484,14 +437,14 @@ class _PackedSide:
 def _plan_direct(
     rows: Sequence[Stack],
     columns: Sequence[Stack],
-    bands: Mapping[Block, Sequence[_Band]],
+    bands: Mapping[Block, Sequence[Band]],
     max_memory: int,
 ) -> OverlapPlan:
     d_model, itemsize = rows[0].shape[1], rows[0].element_size()
     flops, r, s, n_rows, n_columns = 0.0, 1, 1, 1, 1
     for (i, j), parts in bands.items():
         left, right = rows[i], columns[j]
-        flops += 2.0 * d_model * left.shape[2] * right.shape[2] * sum(map(_area, parts))
+        flops += 2.0 * d_model * left.shape[2] * right.shape[2] * sum(map(band_area, parts))
         r, s = max(r, left.shape[2]), max(s, right.shape[2])
         n_rows, n_columns = max(n_rows, len(left)), max(n_columns, len(right))
     single = max(r, s) if any(isinstance(x, StoredStack) for x in [*rows, *columns]) else 0
@@ -513,7 +466,7 @@ def _plan_direct(
 def _direct(
     rows: Sequence[Stack],
     columns: Sequence[Stack],
-    bands: Mapping[Block, Sequence[_Band]],
+    bands: Mapping[Block, Sequence[Band]],
     plan: OverlapPlan,
     report: Callable[[float], None],
 ) -> dict[Block, torch.Tensor]:
@@ -524,7 +477,7 @@ def _direct(
     return finished
 
 
-def _direct_block(a: Stack, b: Stack, bands: Sequence[_Band], plan: OverlapPlan) -> torch.Tensor:
+def _direct_block(a: Stack, b: Stack, bands: Sequence[Band], plan: OverlapPlan) -> torch.Tensor:
     out = new_empty(a, len(a), len(b)).fill_(math.nan)
     (_, d_model, r), s = a.shape, b.shape[2]
     n_rows, n_columns = min(plan.width, len(a)), min(plan.column_width, len(b))
@@ -544,7 +497,7 @@ def _direct_block(a: Stack, b: Stack, bands: Sequence[_Band], plan: OverlapPlan)
     return out
 
 
-def _tiles(bands: Sequence[_Band], n_rows: int, n_columns: int) -> Iterator[tuple[_Band, bool]]:
+def _tiles(bands: Sequence[Band], n_rows: int, n_columns: int) -> Iterator[tuple[Band, bool]]:
     """Tiles of the bands, and whether the rows are those of the tile before."""
     for rows, columns in bands:
         for start in range(rows.start, rows.stop, n_rows):

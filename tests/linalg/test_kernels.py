@@ -210,6 +210,29 @@ def test_half_the_work_is_left_out_of_ordered_layers():
     assert triangle / square == pytest.approx(0.5 + 1 / 32, abs=0.001)
 
 
+@pytest.mark.parametrize("themselves", [True, False])
+def test_heads_of_no_pair_are_not_packed(themselves):
+    """Of four layers of 60 heads, the last writes for nobody and the first reads nobody."""
+    whole = [random_stack(240, 40, 8, seed) for seed in range(2)]
+    spans = np.stack([60 * (np.arange(240) // 60 + 1), np.full(240, 240)], axis=1)
+    used = [whole[0][:180], whole[1][60:]]
+    used_spans = {(0, 1): spans[:180] - 60} if themselves else {(0, 0): spans[:180] - 60}
+    if themselves:
+        args, few, spans = (whole, None, [(0, 1)]), (used, None, [(0, 1)]), {(0, 1): spans}
+    else:
+        args, few = (whole[:1], whole[1:], [(0, 0)]), (used[:1], used[1:], [(0, 0)])
+        spans = {(0, 0): spans}
+    options = {"method": "packed", "max_memory": 2**24}
+    assert plan_overlaps(*args, **options, spans=spans) == plan_overlaps(
+        *few, **options, spans=used_spans
+    )
+    (block,) = spans
+    found = overlap_blocks(*args, **options, spans=spans)[block]
+    expected = overlap_blocks(*few, **options, spans=used_spans)[block]
+    torch.testing.assert_close(found[:180, 60:], expected, rtol=0, atol=0, equal_nan=True)
+    assert found[180:].isnan().all() and found[:, :60].isnan().all()
+
+
 def test_nothing_asked_is_nothing_computed():
     stack = random_stack(3, 20, 2, 0)
     nothing = {(0, 0): np.zeros((3, 2), dtype=np.int64)}
