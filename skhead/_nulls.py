@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from skhead._base import extract_subspaces, free_dimension, open_door, rank_scale
+from skhead._callers import warn_user
 from skhead._devices import with_less_memory
 from skhead.containers import RoleBases, Similarity, Subspaces
 from skhead.exceptions import HeadShapeError
@@ -78,7 +79,15 @@ class Judgement:
 
 
 class NullLaw(ABC):
-    """A null law: learns from training heads, then judges the pairs of others with them."""
+    """A null law: learns from training heads, then judges the pairs of others with them.
+
+    Attributes
+    ----------
+    caller : str
+        Name of the estimator, for messages.
+    """
+
+    caller: str = "NullCalibrator"
 
     @abstractmethod
     def fit(self, similarity: Similarity) -> None:
@@ -172,14 +181,15 @@ class AnisotropicNull(NullLaw):
         self.shrinkage = shrinkage
 
     def fit(self, similarity: Similarity) -> None:
-        rows, columns = _subspaces(similarity)
-        self._rows = _FittedSide(rows, [pair[0] for pair in similarity.pairs], self.by_layer)
+        rows, columns = _subspaces(similarity, self.caller)
+        fitted = partial(_FittedSide, by_layer=self.by_layer, caller=self.caller)
+        self._rows = fitted(rows, [pair[0] for pair in similarity.pairs])
         if similarity.rows.equals(similarity.columns):
             self._columns = self._rows
             self._rows.add(columns, [pair[1] for pair in similarity.pairs])
         else:
             roles = [pair[1] for pair in similarity.pairs]
-            self._columns = _FittedSide(columns, roles, self.by_layer)
+            self._columns = fitted(columns, roles)
         self._moments: dict[tuple[Any, ...], AnisotropicMoments] = {}
 
     def moments(self, pair: str, row_group: int = 0, column_group: int = 0) -> AnisotropicMoments:
@@ -191,7 +201,7 @@ class AnisotropicNull(NullLaw):
             self._moments[key] = anisotropic_moments(*drawn)
         if not self._moments[key].variance > _LEAST_VARIANCE:
             raise HeadShapeError(
-                f"NullCalibrator: under null='anisotropic' the kernel of {pair} pairs cannot vary, "
+                f"{self.caller}: under null='anisotropic' the kernel of {pair} pairs cannot vary, "
                 "because these heads fill the directions that they prefer; truncate them with "
                 "SubspaceExtractor(rank=...), or use another null"
             )
@@ -199,7 +209,7 @@ class AnisotropicNull(NullLaw):
 
     def judge(self, similarity: Similarity, p: int, scores: FloatArray, side: str) -> Judgement:
         pair = similarity.pairs[p]
-        rows, columns = _subspaces(similarity)
+        rows, columns = _subspaces(similarity, self.caller)
         mean, z, log_p = np.full((3, *scores.shape), np.nan)
         row_groups, column_groups = (_groups(x.heads, self.by_layer) for x in (rows, columns))
         blocks = {
@@ -217,7 +227,7 @@ class AnisotropicNull(NullLaw):
             for g in {g for g, _ in blocks}
         }
         for (g, h), block in blocks.items():
-            with _naming_pair("anisotropic", pair):
+            with _naming_pair(self.caller, "anisotropic", pair):
                 mean[block] = leave_one_out_means(
                     self._rows.mean(pair[0], g),
                     self._columns.mean(pair[1], h),
@@ -250,7 +260,7 @@ class CovarianceNull(NullLaw):
     def fit(self, similarity: Similarity) -> None:
         if self.covariance.shape != (similarity.d_model,) * 2:
             raise HeadShapeError(
-                f"NullCalibrator: covariance has shape {self.covariance.shape}, and these heads "
+                f"{self.caller}: covariance has shape {self.covariance.shape}, and these heads "
                 f"live in {similarity.d_model} dimensions"
             )
         self._moments: dict[tuple[int, int], AnisotropicMoments] = {}
@@ -271,7 +281,7 @@ class CovarianceNull(NullLaw):
                 moments = self.moments(int(r), int(s))
                 if not moments.variance > _LEAST_VARIANCE:
                     raise HeadShapeError(
-                        "NullCalibrator: under this covariance the kernel of "
+                        f"{self.caller}: under this covariance the kernel of "
                         f"{similarity.pairs[p]} pairs of ranks {r} and {s} cannot vary, because "
                         "the heads fill its directions; truncate them with "
                         "SubspaceExtractor(rank=...), or use another null"
@@ -291,7 +301,7 @@ class SignflipNull(NullLaw):
     """
 
     def fit(self, similarity: Similarity) -> None:
-        rows, columns = _subspaces(similarity)
+        rows, columns = _subspaces(similarity, self.caller)
         self._axes = {}
         for pair in similarity.pairs:
             sides = (rows.role(pair[0]), columns.role(pair[1]))
@@ -303,17 +313,17 @@ class SignflipNull(NullLaw):
 
     def judge(self, similarity: Similarity, p: int, scores: FloatArray, side: str) -> Judgement:
         pair = similarity.pairs[p]
-        rows, columns = _subspaces(similarity)
+        rows, columns = _subspaces(similarity, self.caller)
         row, column = rows.role(pair[0]), columns.role(pair[1])
         moments = with_less_memory(
             partial(signflip_moments, row.tensor, column.tensor, self._axes[pair]),
             _SCRATCH,
-            "NullCalibrator",
+            self.caller,
         )
         at = np.ix_(row.index, column.index)
         if not (moments.variance[at][~np.isnan(scores)] > _LEAST_VARIANCE).all():
             raise HeadShapeError(
-                f"NullCalibrator: under null='signflip' the kernel of a {pair} pair cannot vary, "
+                f"{self.caller}: under null='signflip' the kernel of a {pair} pair cannot vary, "
                 "because its heads coincide with the axes; truncate the heads with "
                 "SubspaceExtractor(rank=...), or use another null"
             )
@@ -344,8 +354,14 @@ class EmpiricalLaw(NullLaw):
             logs = self._log(similarity, p, plain_scores(similarity, p))
             mirrored = same_heads and np.array_equal(logs, logs.T, equal_nan=True)
             polished = partial(median_polish, tol=_MIRRORED_TOLERANCE, symmetric=True)
-            with _naming_pair("empirical", pair):
+            with _naming_pair(self.caller, "empirical", pair):
                 found = polished(logs) if mirrored else median_polish(logs)
+                if not found.converged:
+                    warn_user(
+                        f"{self.caller}: medians of the {pair} pairs still moved after "
+                        f"{found.n_iter} sweeps; p-values of null='empirical' may depend on the "
+                        "order of heads"
+                    )
                 unlisted = np.isnan(similarity.listed(pair))
                 self.bulk[pair] = fit_empirical_null(np.where(unlisted, np.nan, found.residuals))
             self.polish[pair] = found
@@ -359,13 +375,12 @@ class EmpiricalLaw(NullLaw):
         mean = np.exp(logs - residuals + bulk.center)
         return Judgement(mean, z, bulk.log_p(residuals, side, self.tails))
 
-    @staticmethod
-    def _log(similarity: Similarity, p: int, scores: NDArray[np.floating]) -> FloatArray:
+    def _log(self, similarity: Similarity, p: int, scores: NDArray[np.floating]) -> FloatArray:
         wrong = np.argwhere(scores <= 0)
         if len(wrong):
             i, j = wrong[0]
             raise HeadShapeError(
-                f"NullCalibrator: null='empirical' takes logarithms, and {similarity.pairs[p]} of "
+                f"{self.caller}: null='empirical' takes logarithms, and {similarity.pairs[p]} of "
                 f"{similarity.row_labels[i]} and {similarity.column_labels[j]} is "
                 f"{scores[i, j]:.6g}; use another null, or leave the head out"
             )
@@ -373,15 +388,15 @@ class EmpiricalLaw(NullLaw):
 
 
 @contextmanager
-def _naming_pair(null: str, pair: str) -> Iterator[None]:
-    """Say which null and pair kind an error of the statistics is about."""
+def _naming_pair(caller: str, null: str, pair: str) -> Iterator[None]:
+    """Say which estimator, null and pair kind an error of the statistics is about."""
     try:
         yield
     except HeadShapeError:
         raise
     except ValueError as error:
         raise ValueError(
-            f"NullCalibrator: null={null!r} cannot be fitted to the {pair} pairs ({error}); give "
+            f"{caller}: null={null!r} cannot be fitted to the {pair} pairs ({error}); give "
             "it more heads, or use null='haar'"
         ) from error
 
@@ -389,7 +404,8 @@ def _naming_pair(null: str, pair: str) -> Iterator[None]:
 class _FittedSide:
     """Mean projectors of the training heads on one side of the pairs, by role and group."""
 
-    def __init__(self, subspaces: Subspaces, roles: list[str], by_layer: bool) -> None:
+    def __init__(self, subspaces: Subspaces, roles: list[str], by_layer: bool, caller: str) -> None:
+        self._caller = caller
         self._keys = _keys(subspaces.heads)
         self._groups = _groups(subspaces.heads, by_layer)
         self._index: dict[str, NDArray[np.int64]] = {}
@@ -411,7 +427,7 @@ class _FittedSide:
         """Mean projector of a role and group."""
         if (role, int(group)) not in self._means:
             raise HeadShapeError(
-                f"NullCalibrator: no training head lies in layer {group}, so that groups='layer' "
+                f"{self._caller}: no training head lies in layer {group}, so that groups='layer' "
                 "has no null for it; use groups=None or train on heads of every layer"
             )
         return self._means[role, int(group)]
@@ -455,7 +471,7 @@ def _sizes(similarity: Similarity, p: int) -> tuple[Any, Any, int]:
     return similarity.row_ranks[:, None, p], similarity.column_ranks[None, :, p], d
 
 
-def _subspaces(similarity: Similarity) -> tuple[Subspaces, Subspaces]:
+def _subspaces(similarity: Similarity, caller: str) -> tuple[Subspaces, Subspaces]:
     """What was compared, read again where the similarity no longer carries it."""
     sides = []
     for heads, carried, place in (
@@ -464,14 +480,14 @@ def _subspaces(similarity: Similarity) -> tuple[Subspaces, Subspaces]:
     ):
         if carried is None and not (heads["layer"] >= 0).all():
             raise HeadShapeError(
-                "NullCalibrator: this null needs the heads' subspaces, which only a Similarity "
+                f"{caller}: this null needs the heads' subspaces, which only a Similarity "
                 "from ProjectionKernel knows; use null='haar' for anything else"
             )
         if carried is None:
             roles = list(dict.fromkeys(pair[place] for pair in similarity.pairs))
-            source = open_door(heads, "NullCalibrator")
+            source = open_door(heads, caller)
             how = {name: similarity.record[name] for name in ("rank", "fold_norm", "center")}
-            carried = extract_subspaces(source, roles, device=None, caller="NullCalibrator", **how)
+            carried = extract_subspaces(source, roles, device=None, caller=caller, **how)
         sides.append(carried)
     return sides[0], sides[1]
 

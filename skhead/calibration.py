@@ -82,7 +82,8 @@ class NullCalibrator(TransformerMixin, SkheadEstimator):
     side : {"two", "upper", "lower"}, default="two"
         Which deviations count as evidence.
     groups : {None, "layer"}, default=None
-        For "anisotropic": one law for every role, or one for every role and layer.
+        For "anisotropic": one law for every role, or one for every role and layer, to which the
+        layers of that number of all models belong.
     fdr : {"bh", "by"}, default="bh"
         Benjamini-Hochberg, or Benjamini-Yekutieli for any dependence. Each pair kind is a family of
         its own; a symmetric kind counts each pair once.
@@ -173,6 +174,7 @@ class NullCalibrator(TransformerMixin, SkheadEstimator):
         """
         similarity = self._open(X, reset=True)
         self.law_ = self._make_law()
+        self.law_.caller = type(self).__name__
         self.law_.fit(similarity)
         self.pairs_ = similarity.pairs
         self._columns, self._record = similarity.columns, dict(similarity.record)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -16,12 +17,14 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from toys import random_weights, registered, toy_heads
 
+import skhead
 from skhead import (
     CompositionScore,
     GrassmannDistance,
     NullCalibrator,
     ProjectionKernel,
     SubspaceExtractor,
+    _nulls,
     head_permutation_test,
 )
 from skhead.exceptions import HeadShapeError, ProvenanceMismatchError
@@ -376,6 +379,26 @@ def test_empirical_null_takes_composition_scores():
         below = CompositionScore(baseline="difference").fit_transform(heads)
         with pytest.raises(ValueError, match="unit 'composition/difference'"):
             NullCalibrator(null="empirical").fit(below)
+
+
+def test_empirical_null_tells_of_medians_that_still_move(monkeypatch):
+    heads = skhead.load_heads("skhead/induction-2l")
+    similarity = ProjectionKernel().fit_transform(heads)
+    polish = partial(_nulls.median_polish, max_iter=1)
+    monkeypatch.setattr(_nulls, "median_polish", polish)
+    with pytest.warns(UserWarning, match="NullCalibrator: medians of the OQ pairs still moved"):
+        NullCalibrator(null="empirical").fit(similarity)
+
+
+def test_errors_of_a_law_name_the_estimator():
+    heads = skhead.load_heads("skhead/induction-2l")
+
+    class MyCalibrator(NullCalibrator):
+        """Of a user."""
+
+    similarity = ProjectionKernel().fit_transform(heads)
+    with pytest.raises(HeadShapeError, match="MyCalibrator: covariance has shape"):
+        MyCalibrator(null="anisotropic", covariance=np.eye(3)).fit(similarity)
 
 
 def test_empirical_null_refuses_logarithms_of_nothing():

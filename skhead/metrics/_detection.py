@@ -22,7 +22,7 @@ def head_detection(
 ) -> pd.DataFrame:
     """Whether heads that have a class take part in strong pairs.
 
-    A head's score is the largest similarity of all pairs of the kind that it takes part in.
+    A head's score is its largest similarity to another head, of all pairs of the kind.
 
     Parameters
     ----------
@@ -65,6 +65,7 @@ def head_detection(
     for p, pair in enumerate(similarity.pairs):
         table = _rising(similarity)[:, :, p]
         table = np.where(np.isnan(table), -np.inf, table)
+        np.fill_diagonal(table, -np.inf)
         scores = np.maximum(table.max(axis=0), table.max(axis=1))
         if np.isneginf(scores).any():
             label = similarity.row_labels[int(scores.argmin())]

@@ -177,12 +177,12 @@ def pair_average_precision(values: NDArray[np.floating], positive: ArrayLike) ->
 
 
 def head_average_precision(values: NDArray[np.floating], positive: ArrayLike) -> float:
-    """Average precision of heads, ranked by the largest similarity that each takes part in.
+    """Average precision of heads, ranked by the largest similarity of each to another one.
 
     Parameters
     ----------
     values : ndarray of shape (n_heads, n_heads) or (n_heads, n_heads, n_pairs)
-        NaN where undefined.
+        NaN where undefined; the diagonal, a head against itself, does not count.
     positive : array-like of bool of shape (n_heads,)
         Heads to be found.
 
@@ -202,11 +202,13 @@ def head_average_precision(values: NDArray[np.floating], positive: ArrayLike) ->
     --------
     >>> import numpy as np
     >>> from skhead.stats import head_average_precision
-    >>> head_average_precision(np.array([[0.9, 0.5], [0.1, 0.2]]), [True, False])
+    >>> values = np.array([[1.0, 0.9, 0.1], [0.9, 1.0, 0.2], [0.1, 0.2, 1.0]])
+    >>> head_average_precision(values, [True, True, False])
     1.0
     """
     members = _members(values, positive, "head_average_precision")
     table = np.where(np.isnan(values), -np.inf, values).reshape(*values.shape[:2], -1).max(2)
+    np.fill_diagonal(table, -np.inf)
     scores = np.maximum(table.max(0), table.max(1))
     if np.isneginf(scores).any():
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import average_precision_score
 
 import skhead
 from skhead.exceptions import HeadShapeError
@@ -28,6 +29,22 @@ def test_equals_the_statistics_of_single_tables(gpt2):
         assert found.loc[pair, "average_precision"] == pytest.approx(expected, abs=1e-9)
     assert found["n_positive"].tolist() == [26] * 4
     assert found["base_rate"].iloc[0] == pytest.approx(26 / 144)
+
+
+def test_a_head_is_not_found_by_its_likeness_to_itself():
+    heads = skhead.load_heads("skhead/induction-2l")
+    labels = skhead.datasets.load_head_classes("induction-2l", heads)
+    similarity = skhead.ProjectionKernel(("QK", "QQ"), layer_order="all").fit_transform(heads)
+    found = head_detection(similarity, labels)
+    values = similarity.values.copy()
+    values[range(16), range(16)] = np.nan
+    for p, pair in enumerate(similarity.pairs):
+        expected = head_average_precision(values[:, :, p], labels != "None")
+        assert found.loc[pair, "average_precision"] == pytest.approx(expected)
+        whole = similarity.values[:, :, p]
+        assert head_average_precision(whole, labels != "None") == pytest.approx(expected)
+        scores = np.nanmax(np.maximum(values[:, :, p], values[:, :, p].T), axis=1)
+        assert expected == pytest.approx(average_precision_score(labels != "None", scores))
 
 
 def test_measured_figures_of_gpt2(gpt2):
