@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +31,10 @@ __all__ = ["attention_layers", "evaluating", "open_bridge", "token_batches"]
 #: Numbers that one batch may hold in a layer's heads (float32, 64 MiB), and in its logits.
 _BATCH_NUMBERS = 1 << 24
 _LOGIT_NUMBERS = 1 << 26
+#: How much larger than what is stored a model may be, which is then told tensor by tensor, and the
+#: numbers that come beside it, such as tables of positions.
+_CLAIMED_TIMES = 8
+_CLAIMED_BESIDE = 1 << 28
 
 
 def open_bridge(model: Any) -> Any:
@@ -183,6 +187,7 @@ def _hugging_face_module(checkpoint: Checkpoint) -> nn.Module:
         )
     settings = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(config)
     tensors = {name: reader.tensor(name) for name in reader.names()}
+    _check_claim(getattr(transformers, architecture), settings, tensors, reader.label)
     with _quiet(transformers):
         module, report = getattr(transformers, architecture).from_pretrained(
             None,
@@ -201,6 +206,25 @@ def _hugging_face_module(checkpoint: Checkpoint) -> nn.Module:
                 "values; repair the file."
             )
     return module
+
+
+def _check_claim(kind: Any, settings: Any, tensors: Mapping[str, torch.Tensor], label: str) -> None:
+    """Refuse a model that is far larger than what is stored, before memory is taken for it."""
+    n_layers = getattr(settings, "num_hidden_layers", 0)
+    if n_layers > len(tensors):
+        raise ConfigMismatchError(
+            f"{label}: {CONFIG_NAME} describes {n_layers} layers, and there are {len(tensors)} "
+            "tensors in all."
+        )
+    with torch.device("meta"):
+        empty = kind(settings)
+    claimed = sum(part.numel() for part in [*empty.parameters(), *empty.buffers()])
+    stored = sum(tensor.numel() for tensor in tensors.values())
+    if claimed > _CLAIMED_TIMES * stored + _CLAIMED_BESIDE:
+        raise ConfigMismatchError(
+            f"{label}: {CONFIG_NAME} describes a {kind.__name__} of {claimed} numbers, and "
+            f"{stored} are stored."
+        )
 
 
 @contextmanager
