@@ -57,6 +57,8 @@ _REFUSED = (
     "use_qk_norm",
     "window_size",
 )
+#: Most positions, for masks of a gigabyte in each layer.
+_MOST_POSITIONS = 2**15
 #: Attention masks and tables of angles, which a state dict may hold and the model makes itself.
 _BUFFERS = ("attn.mask", "attn.IGNORE", "attn.rotary_sin", "attn.rotary_cos")
 _MATRIX_AXES = 2
@@ -174,6 +176,12 @@ def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
             told["normalization_type"] = config["normalization_type"]
     if "n_ctx" not in told:
         _take_rotary(told, config, reader)
+    if told["n_ctx"] > _MOST_POSITIONS:
+        raise UnsupportedLayoutError(
+            f"{reader.label}: the native model of TransformerLens lays out a mask of n_ctx x n_ctx "
+            f"in every layer, and n_ctx is {told['n_ctx']}; here it may be {_MOST_POSITIONS} at "
+            "most."
+        )
     if not told["attn_only"] and "act_fn" not in told:
         raise UnsupportedLayoutError(
             f"{reader.label}: the model has MLPs, and nothing says which activation function they "

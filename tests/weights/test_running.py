@@ -379,6 +379,13 @@ def test_what_nothing_says_is_not_guessed(tmp_path):
         open_bridge(written(tmp_path, tiny_tensors(rotary=True)))
 
 
+def test_a_mask_of_all_positions_may_be_too_large(tmp_path):
+    config = {"architecture": "TransformerLensNative", "positional_embedding_type": "rotary"}
+    path = written(tmp_path, tiny_tensors(rotary=True), config | {"n_ctx": 10**12})
+    with pytest.raises(UnsupportedLayoutError, match="n_ctx is 1000000000000; .* 32768 at most"):
+        open_bridge(path)
+
+
 def test_no_parameter_of_a_hugging_face_model_stays_random(models_dir, gpt2_path):
     with pytest.raises(CheckpointError, match=r"not stored, and random.*transformer\.wte\.weight"):
         open_bridge(gpt2_path)
