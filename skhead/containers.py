@@ -11,6 +11,7 @@ import pandas as pd
 from numpy.typing import DTypeLike, NDArray
 
 from skhead._calibrated import CALIBRATED, Calibration
+from skhead._checks import check_count
 from skhead._frozen import Frozen, row_positions
 from skhead._html import ShowsSummary, Summary
 from skhead._similarity_summary import reference_law, similarity_summary
@@ -330,12 +331,11 @@ class Similarity(ShowsSummary, Frozen):
         >>> similarity.top_pairs(1)[["pair", "source", "target"]].iloc[1].tolist()
         ['OK', 'L0H0', 'L1H1']
         """
-        if int(k) != k or k < 1:
-            raise ValueError(f"Similarity.top_pairs: k must be a positive integer, got {k!r}")
+        k = check_count("k", k, "Similarity.top_pairs")
         falling = 1.0 if self.large_is_similar else -1.0
         parts = []
         for pair in self.pairs:
-            rows, columns = largest_entries(falling * self.listed(pair), int(k))
+            rows, columns = largest_entries(falling * self.listed(pair), k)
             edges = self._edges(pair, rows, columns)
             edges.insert(1, "rank", np.arange(1, len(edges) + 1))
             parts.append(edges)

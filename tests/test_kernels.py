@@ -292,8 +292,9 @@ def test_frames_and_top_pairs():
         assert mine["rank"].tolist() == [1, 2, 3, 4, 5]
         assert mine["score"].tolist() == best["score"].tolist()
         assert mine["source"].tolist() == best["source"].tolist()
-    with pytest.raises(ValueError, match="k must be a positive integer, got 0"):
-        found.top_pairs(0)
+    for k in (0, 2.5, None):
+        with pytest.raises(ValueError, match=f"k must be an integer of at least 1; got {k}"):
+            found.top_pairs(k)
 
 
 def test_symmetric_pairs_are_listed_once():

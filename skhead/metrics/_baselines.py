@@ -16,6 +16,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from skhead._base import ANONYMOUS, ROLES, HeadInput, open_door
+from skhead._checks import check_count
 from skhead._html import ShowsSummary, Summary
 from skhead._progress import progress_bar
 from skhead.exceptions import DegenerateHeadError, HeadShapeError
@@ -273,11 +274,7 @@ def layer_permutation_score(
             f"layer_permutation_score: {len(checked)} heads need as many labels, got shape "
             f"{labels.shape}"
         )
-    if int(n_permutations) != n_permutations or n_permutations < 1:
-        raise ValueError(
-            "layer_permutation_score: n_permutations must be a positive integer, got "
-            f"{n_permutations!r}"
-        )
+    n_permutations = check_count("n_permutations", n_permutations, "layer_permutation_score")
     layers = checked.groupby(["source", "layer"], sort=False).ngroup().to_numpy()
     if all(len(np.unique(labels[layers == layer])) == 1 for layer in np.unique(layers)):
         raise ValueError(
@@ -286,7 +283,7 @@ def layer_permutation_score(
         )
     scorer = macro_average_precision if scoring is None else scoring
     folds = check_cv(cv, labels, classifier=True)
-    orders = permute_heads(layers, int(n_permutations), np.random.default_rng(random_state))
+    orders = permute_heads(layers, n_permutations, np.random.default_rng(random_state))
     drawn = [labels, *(labels[order] for order in orders)]
     running = Parallel(n_jobs=n_jobs, return_as="generator")(
         delayed(_mean_score)(clone(estimator), heads, given, groups, folds, scorer)

@@ -97,7 +97,9 @@ def test_permutations_are_reproducible_and_checked():
             layer_permutation_score(model, heads, y[1:], cv=2)
         with pytest.raises(ValueError, match="every layer has heads of one class only"):
             layer_permutation_score(model, heads, heads["layer"], cv=2)
-        with pytest.raises(ValueError, match="n_permutations must be a positive integer, got 0"):
+        with pytest.raises(
+            ValueError, match="n_permutations must be an integer of at least 1; got 0"
+        ):
             layer_permutation_score(model, heads, y, cv=2, n_permutations=0)
 
 
