@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,7 @@ from sklearn.utils._set_output import _get_output_config
 from sklearn.utils.validation import check_is_fitted
 
 from skhead._base import check_option
-from skhead._callers import users_level
+from skhead._callers import warn_user
 from skhead._classes import Targets, open_targets
 from skhead._estimators import SkheadEstimator
 from skhead._progress import reports_fit
@@ -226,24 +225,20 @@ class ClassAffinity(TransformerMixin, SkheadEstimator):
     def _warn_of_undefined(self, found: NDArray[np.float64], name: str) -> None:
         share = float(np.isnan(found).mean()) if found.size else 0.0
         if share > _UNDEFINED_SHARE:
-            warnings.warn(
+            warn_user(
                 f"{name}: {share:.0%} of the affinities of the training heads are undefined, and "
                 "tell nothing of their heads. A kernel with layer_order='forward' compares a head "
                 "with later layers only: use layer_order='all', and pairs of one role (QQ, KK, VV, "
-                "OO)",
-                UserWarning,
-                stacklevel=users_level(),
+                "OO)"
             )
 
     def _warn_of_strangers(self, X: Similarity, name: str) -> None:
         strange = [s for s in X.rows["source"].unique() if s not in set(self._reference["source"])]
         if strange and (X.rows["layer"] >= 0).all() and X.unit != "spectrum":
-            warnings.warn(
+            warn_user(
                 f"{name}: {strange[0]} is not among the models of the training heads. Directions "
                 "of two models have nothing in common unless one was trained from the other; "
-                "across models, use features without a basis (CircuitScorer)",
-                UserWarning,
-                stacklevel=users_level(),
+                "across models, use features without a basis (CircuitScorer)"
             )
 
     def _compared(self, given: Any, name: str) -> Similarity:

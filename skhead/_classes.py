@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from sklearn.utils import column_or_1d
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 
 from skhead._base import check_option
-from skhead._callers import users_level
+from skhead._callers import warn_user
 
 __all__ = ["LEAST", "RARE", "Targets", "open_targets"]
 
@@ -147,10 +146,8 @@ def _without(
             f"compare it with; a class needs {LEAST} heads at least. Merge it with another class, "
             f"label it {none_label!r}, or use rare='none' (concerns {listed})"
         )
-    warnings.warn(
-        f"{caller}: {listed} have fewer than {LEAST} heads each, which count as {none_label!r}",
-        UserWarning,
-        stacklevel=users_level(),
+    warn_user(
+        f"{caller}: {listed} have fewer than {LEAST} heads each, which count as {none_label!r}"
     )
     orphans = members[:, small].any(axis=1)
     if none is None:

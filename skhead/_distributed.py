@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from joblib import Parallel, delayed, effective_n_jobs
 from joblib.parallel import get_active_backend
 from sklearn.base import clone
 
-from skhead._callers import users_level
+from skhead._callers import warn_user
 from skhead._compared import Measured
 from skhead._tiling import Factors, Tile, Tiling
 from skhead.exceptions import MemoryBudgetError
@@ -54,11 +53,9 @@ def workers_share(sides: Sequence[pd.DataFrame | None], n_jobs: int | None, call
     else:
         return True
     if n_jobs is not None:
-        warnings.warn(
+        warn_user(
             f"{caller}: n_jobs={n_jobs} has no effect on {held}, which only this process holds; "
-            "pass the heads table of a model on disk or on the hub, which workers can read",
-            UserWarning,
-            stacklevel=users_level(),
+            "pass the heads table of a model on disk or on the hub, which workers can read"
         )
     return False
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import heapq
 import math
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product, zip_longest
@@ -21,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from skhead._base import defined_pairs
-from skhead._callers import users_level
+from skhead._callers import warn_user
 from skhead.exceptions import MemoryBudgetError
 from skhead.linalg.bands import Block
 from skhead.linalg.kernels import plan_overlaps
@@ -282,12 +281,10 @@ class Tiling:
         share = 1.0 if self._defined is None else float(self._defined.mean())
         work /= self._new_price(factors, left, right, share, sys.maxsize)[1]
         if work > _MUCH_WORK:
-            warnings.warn(
+            warn_user(
                 f"{caller}: within max_memory={self._max_memory} bytes a worker holds so few heads "
                 f"that all workers together do {work:.1f} times the work of one process that "
-                "holds all heads; raise max_memory where workers have more",
-                UserWarning,
-                stacklevel=users_level(),
+                "holds all heads; raise max_memory where workers have more"
             )
 
 

@@ -14,7 +14,6 @@ import json
 import os
 import threading
 import time
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -28,7 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from skhead._callers import users_level
+from skhead._callers import warn_user
 from skhead.exceptions import CacheError, CheckpointError
 from skhead.linalg.stacks import StoredStack
 from skhead.weights.atomic import sync_directory, temporary_beside
@@ -184,10 +183,8 @@ class BasisStore:
         except FileNotFoundError:
             return None
         except CheckpointError as error:
-            warnings.warn(
-                f"{self._caller}: cached bases cannot be used and are computed again ({error})",
-                UserWarning,
-                stacklevel=users_level(),
+            warn_user(
+                f"{self._caller}: cached bases cannot be used and are computed again ({error})"
             )
         except OSError as error:
             raise self._error("cannot be read", error) from error
