@@ -87,7 +87,7 @@ class NullLaw(ABC):
         Name of the estimator, for messages.
     """
 
-    caller: str = "NullCalibrator"
+    caller: str
 
     @abstractmethod
     def fit(self, similarity: Similarity) -> None:
