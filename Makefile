@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 # Processes that share the tests; each computes with one thread.
 TEST_JOBS ?= 2
 BENCH_ARGS ?=
-BENCH_SHAPES ?= gpt2-small gpt2-medium gpt2-large gpt2-xl
+BENCH_SHAPES ?= gpt2-small gpt2-medium gpt2-large
 BENCH_LLAMA_LAYERS ?= 8 32
 FUZZ_RUNS ?= 10000
 FUZZ_DIR ?= .fuzz
@@ -108,6 +108,10 @@ bench-page: $(VENV)/.lens
 	set -e; for shape in $(BENCH_SHAPES); do \
 	    $(BIN)/python benchmarks/peer.py --shape $$shape $(BENCH_ARGS) \
 	        --json benchmarks/results/peer-$$shape.json; \
+	done
+	set -e; for task in pk cs; do \
+	    $(BIN)/python benchmarks/peer.py --shape gpt2-xl --tasks $$task $(BENCH_ARGS) \
+	        --json benchmarks/results/peer-gpt2-xl-$$task.json; \
 	done
 	set -e; for layers in $(BENCH_LLAMA_LAYERS); do \
 	    $(BIN)/python benchmarks/peer.py --shape llama-3-8b --layers $$layers $(BENCH_ARGS) \
