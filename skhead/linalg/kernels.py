@@ -274,7 +274,7 @@ def _packed(
         (i, j): new_empty(rows[i], len(rows[i]), len((columns or rows)[j])).fill_(math.nan)
         for i, j in bands
     }
-    sums = BandSums(left, right, bands, results, plan.wide_sums)
+    sums = _BandSums(left, right, bands, results, plan.wide_sums)
     total, done = left.n_panels * (left.n_panels + 1) // 2, 0
     for start in range(0, left.n_panels, plan.group):
         group = range(start, min(start + plan.group, left.n_panels))
@@ -292,7 +292,7 @@ def _packed(
     return results
 
 
-class BandSums:
+class _BandSums:
     """The inner products of all bands, growing block by block of the residual space."""
 
     def __init__(
