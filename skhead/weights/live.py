@@ -73,7 +73,12 @@ def register_model(module: torch.nn.Module | Mapping[str, torch.Tensor], name: s
     ['L0H0', 'L0H1']
     >>> skhead.unregister_model("toy")
     """
-    if not isinstance(name, str) or not name or name != name.strip():
+    if not isinstance(name, str):
+        raise ValueError(
+            f"register_model: name must be a string, got {type(name).__name__}; "
+            "give the model first, then its name"
+        )
+    if not name or name != name.strip():
         raise ValueError(f"register_model: name must be a non-empty string, got {name!r}.")
     if name.rpartition("#")[2] in PART_NAMES and "#" in name:
         raise ValueError(f"register_model: name {name!r} ends like a part; leave the '#...' out.")

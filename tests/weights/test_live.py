@@ -80,6 +80,12 @@ def test_names_that_are_refused(name, lens_tensors):
         skhead.register_model(lens_tensors, name)
 
 
+def test_a_model_given_as_its_name_is_not_printed():
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="got Linear; give the model first, then its name$"):
+        skhead.register_model("small", model)
+
+
 @pytest.mark.parametrize(
     "module, message",
     [
