@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from skhead.linalg.devices import exact_device, is_out_of_memory
+from skhead.linalg.precision import fast_float32_matmul
 
 __all__ = ["Bases", "orthonormal_bases", "rank_tolerance"]
 
@@ -18,6 +20,9 @@ GRAM_CONDITION_LIMIT = 1e4
 
 #: Up to this ratio, a head of full rank is orthonormal once it was orthonormalised twice.
 _TWICE_CONDITION_LIMIT = 1e6
+#: While ``||W||_F ||W^+||_F`` is at most so many times its least value, d_head, a float32 product
+#: with the inverse Cholesky factor is orthonormal to 4e-6 in its weakest direction.
+_SINGLE_CONDITION_LIMIT = 8.0
 #: How far above the tolerance a smallest singular value is to be that comes with an error of 1%.
 _MARGIN = 1.1
 
@@ -87,10 +92,11 @@ def orthonormal_bases(
     """Orthonormal bases of the column spaces of many matrices at once.
 
     The float64 Gram matrix of each head is factored and multiplied back, which is cheaper than a
-    float32 SVD and exact to float32 rounding while the condition number stays below 1e4. A head of
-    full rank is orthonormalised twice up to about 5e5; all others beyond go through a float64 SVD
-    of the matrix itself. On a GPU, larger blocks of heads are worked on, and the host waits once
-    for each to learn which of its heads need more than the Cholesky factor.
+    float32 SVD and exact to float32 rounding while the condition number stays below 1e4; float32
+    heads below about 60 are multiplied in float32. A head of full rank is orthonormalised twice up
+    to about 5e5; all others beyond go through a float64 SVD of the matrix itself. On a GPU, larger
+    blocks of heads are worked on, and the host waits once for each to learn which of its heads need
+    more than the Cholesky factor.
 
     Parameters
     ----------
@@ -188,17 +194,45 @@ def _fill_block(
     """
     count, d_model, d_head = stack.shape
     block = buffers[0, :count].view(count, d_model, d_head).copy_(stack)
-    mix, kept, numerical = _orthonormaliser(block, rank, eps)
-    shape = count, d_model, mix.shape[2]
-    bases = buffers[1].flatten()[: math.prod(shape)].view(shape)
-    out.copy_(torch.bmm(block, mix, out=bases))
-    return kept, numerical
+    found = _orthonormaliser(block, rank, eps)
+    single = found.single if out.dtype == torch.float32 and stack.device == block.device else None
+    if single is None or not single.any():
+        out.copy_(_multiplied(block, found.mix, buffers[1]))
+    elif single.all():
+        out.copy_(_multiplied(stack, found.mix, buffers[1].view(torch.float32)))
+    else:
+        double = (~single).nonzero().squeeze(1).to(block.device)
+        easy = single.nonzero().squeeze(1).to(block.device)
+        near = _multiplied(stack[easy], found.mix[easy], buffers[1].view(torch.float32))
+        far = block[double] @ found.mix[double]
+        out[easy], out[double] = near, far.to(out.dtype)
+    return found.kept, found.numerical
+
+
+def _multiplied(block: torch.Tensor, mix: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    """Bases of some heads, in the precision and the memory of a buffer."""
+    shape = len(block), block.shape[1], mix.shape[2]
+    bases = buffer.flatten()[: math.prod(shape)].view(shape)
+    with fast_float32_matmul(bases.device):
+        return torch.bmm(block.to(bases.dtype), mix.to(bases.dtype), out=bases)
+
+
+class _Orthonormaliser(NamedTuple):
+    """Of a block of heads, matrices A for which ``block @ A`` is orthonormal, and the ranks.
+
+    `single`, on the host, tells for which of them a float32 product is; None says none.
+    """
+
+    mix: torch.Tensor
+    kept: torch.Tensor
+    numerical: torch.Tensor
+    single: torch.Tensor | None
 
 
 def _orthonormaliser(
     block: torch.Tensor, rank: int | float | None, eps: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Matrices A for which ``block @ A`` is orthonormal, with kept and numerical ranks.
+) -> _Orthonormaliser:
+    """What makes the bases of a block of heads, and their kept and numerical ranks.
 
     A head that is plainly of full rank and kept whole takes the inverse Cholesky factor of its Gram
     matrix; the others are decomposed.
@@ -208,14 +242,15 @@ def _orthonormaliser(
     norms = gram.diagonal(dim1=1, dim2=2).sum(-1).sqrt()
     tolerance = rank_tolerance(norms, d_model, d_head, eps)
     if rank is not None:
-        return _by_spectrum(block, gram, tolerance, rank)
+        return _Orthonormaliser(*_by_spectrum(block, gram, tolerance, rank), None)
     mix, smallest = _inverse_roots(gram)
     plain = smallest > torch.maximum(tolerance, norms / GRAM_CONDITION_LIMIT)
     again = smallest > torch.maximum(_MARGIN * tolerance, norms / _TWICE_CONDITION_LIMIT)
-    done, again = torch.stack([plain, again & ~plain]).cpu()
+    easy = plain & (smallest * (d_head * _SINGLE_CONDITION_LIMIT) > norms)
+    done, again, easy = torch.stack([plain, again & ~plain, easy]).cpu()
     kept = torch.full((n_heads,), d_head, dtype=torch.int64, device=block.device)
     if done.all():
-        return mix, kept, kept
+        return _Orthonormaliser(mix, kept, kept, easy)
     if again.any():
         places = again.nonzero().squeeze(1).to(block.device)
         mix[places], good = _twice(block[places], mix[places])
@@ -227,7 +262,7 @@ def _orthonormaliser(
         mix[rest], kept[rest], numerical[rest] = _by_spectrum(
             block[rest], gram[rest], tolerance[rest], rank
         )
-    return mix, kept, numerical
+    return _Orthonormaliser(mix, kept, numerical, easy)
 
 
 def _twice(block: torch.Tensor, roots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -125,6 +125,39 @@ def test_result_does_not_depend_on_neighbours_or_order():
     assert torch.equal(whole[::2], orthonormal_bases(stack[::2]).vectors)
 
 
+def gram_error(vectors):
+    gram = vectors.double().mT @ vectors.double()
+    return float((gram - torch.eye(vectors.shape[-1], dtype=torch.float64)).abs().max())
+
+
+@pytest.mark.parametrize("condition", [1, 10, 60, 100, 1000])
+def test_bases_are_orthonormal_to_float32_rounding(condition):
+    """Also where one direction is weak, for which a float32 product is at its worst."""
+    flat = np.ones(64)
+    flat[-1] = 1 / condition
+    for sigma in (flat, np.geomspace(1, 1 / condition, 64)):
+        stack = torch.cat([with_spectrum(sigma, 768, seed) for seed in range(5)])
+        assert gram_error(orthonormal_bases(stack).vectors) < 4e-6
+
+
+def test_well_conditioned_heads_are_multiplied_in_float32(monkeypatch):
+    """Whatever heads are beside them, and only they."""
+    stack = torch.cat([with_spectrum(np.geomspace(1, 1 / c, 8), 40, c) for c in (2, 5, 900, 30, 7)])
+    alone = torch.cat([orthonormal_bases(head[None]).vectors for head in stack])
+    real, products = torch.bmm, []
+
+    def bmm(a, b, **options):
+        products.append((a.dtype, len(a)))
+        return real(a, b, **options)
+
+    monkeypatch.setattr(torch, "bmm", bmm)
+    for overwrite in (False, True):
+        found = orthonormal_bases(stack.clone(), overwrite=overwrite).vectors
+        torch.testing.assert_close(found, alone, rtol=0, atol=2e-6)
+    orthonormal_bases(stack[:2].double())
+    assert products == [*2 * [(torch.float32, 4)], (torch.float64, 2)]
+
+
 def test_tolerance_scales_with_the_matrix():
     small, large = (float(rank_tolerance(torch.tensor(n), 100, 4, 1e-7)) for n in (5.0, 50.0))
     assert small == pytest.approx(2e-7 * 5 * (0.1 + 0.5))
