@@ -118,7 +118,7 @@ def test_a_contestant_that_fails_is_told(tiny_peers, monkeypatch, capsys):
 
 def test_scaling_tells_both_exponents(monkeypatch, tmp_path, capsys):
     scaling = importlib.import_module("scaling")
-    monkeypatch.setattr(scaling, "SHAPE", (2, 32, 8, 2))
+    monkeypatch.setattr(scaling, "SHAPE", (2, 32, 4, 2))
     monkeypatch.setattr(scaling, "plain_gemm_rate", lambda: 1e9)
     monkeypatch.setattr(scaling, "alone", lambda work, *args: work(*args))
     monkeypatch.setattr(scaling, "peak_growth", lambda work: (10**6, work()))

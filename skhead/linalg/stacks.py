@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from skhead.linalg.factored import frobenius_norms
-
 __all__ = [
     "Stack",
     "StoredStack",
@@ -18,7 +16,6 @@ __all__ = [
     "dense",
     "expand",
     "new_empty",
-    "stack_norms",
 ]
 
 
@@ -130,23 +127,3 @@ def copy_transposed(stack: Stack, heads: slice, out: torch.Tensor) -> None:
     for place, head in enumerate(range(len(stack))[heads]):
         stack.read(slice(head, head + 1), slice(None), single)
         out[place].copy_(single[0].mT)
-
-
-def stack_norms(stack: Stack) -> torch.Tensor:
-    """Frobenius norms, as `frobenius_norms`; a stored stack is read head by head for it.
-
-    Parameters
-    ----------
-    stack : Tensor or StoredStack of shape (n_heads, d_model, rank)
-
-    Returns
-    -------
-    Tensor of shape (n_heads,), float64
-    """
-    if isinstance(stack, torch.Tensor):
-        return frobenius_norms(stack)
-    single, norms = new_empty(stack, 1, *stack.shape[1:]), []
-    for head in range(len(stack)):
-        stack.read(slice(head, head + 1), slice(None), single)
-        norms.append(frobenius_norms(single))
-    return torch.cat(norms)

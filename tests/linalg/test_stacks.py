@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from skhead.linalg.factored import frobenius_norms
 from skhead.linalg.kernels import overlap_blocks, plan_overlaps
 from skhead.linalg.stacks import (
     StoredStack,
@@ -14,7 +13,6 @@ from skhead.linalg.stacks import (
     dense,
     expand,
     new_empty,
-    stack_norms,
 )
 
 
@@ -54,25 +52,19 @@ def test_turned_heads_are_copies_of_slices(tensor):
         copy_transposed(stack, slice(1, 3), turned)
         assert torch.equal(turned, tensor[1:3].mT)
         assert torch.equal(dense(stack), tensor)
-        assert torch.equal(stack_norms(stack), frobenius_norms(tensor))
         assert new_empty(stack, 2, 7).shape == (2, 7)
         assert len(stack) == 5 and stack.element_size() == 4
 
 
-@pytest.mark.parametrize(
-    "use",
-    [stack_norms, lambda stack: copy_transposed(stack, slice(0, 5), torch.empty(5, 3, 12))],
-    ids=["norms", "turned"],
-)
-def test_heads_pass_through_the_memory_of_one(tensor, use):
+def test_heads_pass_through_the_memory_of_one(tensor):
     """Memory of its own for each would leave holes that an allocator may not fill again."""
     stack = Recorded(tensor)
-    use(stack)
+    copy_transposed(stack, slice(0, 5), torch.empty(5, 3, 12))
     assert len(stack.reads) == 5 and len(set(stack.reads)) == 1
     assert stack.reads[0][1] == tensor[0].numel()
 
 
-@pytest.mark.parametrize(("max_memory", "times"), [(2**30, 1), (60_000, 1.375)])
+@pytest.mark.parametrize(("max_memory", "times"), [(2**30, 1), (70_000, 1.375)])
 def test_a_stored_stack_is_read_as_seldom_as_memory_allows(max_memory, times):
     tensor = torch.randn(6, 512, 4, generator=torch.Generator().manual_seed(0))
     stack = Recorded(tensor)
@@ -80,8 +72,7 @@ def test_a_stored_stack_is_read_as_seldom_as_memory_allows(max_memory, times):
     assert plan.scratch_bytes <= max_memory
     found = overlap_blocks([stack], None, [(0, 0)], max_memory=max_memory, method="packed")[0, 0]
     torch.testing.assert_close(found, overlap_blocks([tensor], None, [(0, 0)])[0, 0])
-    norms = len(tensor)
     panels = -(-512 // plan.width)
     reads = sum(panels - start for start in range(0, panels, plan.group))
-    assert len(stack.reads) == norms + reads
+    assert len(stack.reads) == reads
     assert reads / panels == times
