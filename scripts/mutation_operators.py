@@ -65,10 +65,11 @@ SWAPPED = {**dict(_PAIRS), **{after: before for before, after in _PAIRS}}
 #: Names that say how much is done at once and never what comes out: no mutants where they are set.
 SCRATCH = frozenset(
     {
-        *("_BAND_STEP", "_BLOCK", "_CHUNK", "_CLOSE_PAIRS", "_COLUMNS", "_CROSS_COPIES"),
-        *("_DEVICE_BLOCK_BYTES", "_FIRST_BLOCK", "_GATHERED", "_GROUPS", "_LAST_BLOCK"),
-        *("_MOST_BANDS", "_NARROWEST_PANEL", "_OUTER", "_PANEL_BYTES", "_PROBED", "_ROUNDED_HEADS"),
-        *("_ROWS", "_SCRATCH", "_WHOLE_ROWS", "_WIDEST_PANEL", "_WIDEST_TILE"),
+        *("_BLOCK", "_CHUNK", "_CLOSE_PAIRS", "_COLUMNS", "_CROSS_COPIES", "_DEVICE_BLOCK_BYTES"),
+        *("_DEVICE_CHUNK", "_DEVICE_STEP", "_FIRST_BLOCK", "_GATHERED", "_GROUPS"),
+        *("_LARGE_MODEL", "_LAST_BLOCK", "_MOST_ROW_BANDS", "_NARROWEST_PANEL", "_OUTER"),
+        *("_PANEL", "_PANEL_BYTES", "_PROBED", "_ROWS", "_ROW_STEP", "_SCRATCH", "_SHARE"),
+        *("_STEP", "_VECTOR", "_WHOLE_ROWS", "_WIDEST_TILE"),
     }
 )
 

@@ -292,8 +292,7 @@ def _pieces(
         bottom, left = top + heads.stop - heads.start, 0
         for j, others in band.columns:
             right = left + others.stop - others.start
-            if (i, j) in results:
-                yield _Piece(slice(top, bottom), slice(left, right), results[i, j][heads, others])
+            yield _Piece(slice(top, bottom), slice(left, right), results[i, j][heads, others])
             left = right
         top = bottom
 
