@@ -52,6 +52,10 @@ is held against is said in its docstring. asv runs the same suites (``asv run -E
 """
 
 
+#: Tasks in the titles of runs of one task.
+SHORT = {"pk": "projection kernel", "cs": "composition"}
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """A list-table in reStructuredText."""
     yield ".. list-table::"
@@ -102,7 +106,10 @@ def peer_row(result: Result) -> list[str]:
 def peer_section(result: Result) -> Iterator[str]:
     threads = result["machine"]["threads"]
     name = f"{result['shape']}, {result['layers']} layers, "
-    yield from title(name + f"{threads} thread{'s' if threads > 1 else ''}", "~")
+    name += f"{threads} thread{'s' if threads > 1 else ''}"
+    if len(result["tasks"]) == 1:
+        name += f": {SHORT[next(iter(result['tasks']))]}"
+    yield from title(name, "~")
     yield from where(result)
     weights = result["weights"]
     yield f"{weights[0].upper()}{weights[1:]}."

@@ -67,7 +67,14 @@ SCRATCH = frozenset(
     {
         *("_BLOCK", "_CHUNK", "_CLOSE_PAIRS", "_COLUMNS", "_CROSS_COPIES", "_DEVICE_BLOCK_BYTES"),
         *("_DEVICE_CHUNK", "_DEVICE_STEP", "_FIRST_BLOCK", "_GATHERED", "_GROUPS"),
-        *("_LARGE_MODEL", "_LAST_BLOCK", "_MOST_ROW_BANDS", "_NARROWEST_PANEL", "_OUTER"),
+        *(
+            "_LARGE_MODEL",
+            "_KEPT_BYTES",
+            "_LAST_BLOCK",
+            "_MOST_ROW_SIZES",
+            "_NARROWEST_PANEL",
+            "_OUTER",
+        ),
         *("_PANEL", "_PANEL_BYTES", "_PROBED", "_ROWS", "_ROW_STEP", "_SCRATCH", "_SHARE"),
         *("_STEP", "_VECTOR", "_WHOLE_ROWS", "_WIDEST_TILE"),
     }

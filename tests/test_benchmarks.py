@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -182,3 +183,10 @@ def test_page_shows_every_kind_of_result():
     ):
         assert "".join(f"     - {cell}\n" for cell in cells) in text
     assert "     - why" in text
+
+
+def test_sections_of_the_page_have_names_of_their_own():
+    make_page = importlib.import_module("make_page")
+    lines = make_page.page(make_page.stored()).splitlines()
+    names = [a for a, b in itertools.pairwise(lines) if a and b == "~" * len(a)]
+    assert len(names) > 3 and len(set(names)) == len(names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,9 +25,11 @@ __all__ = [
     "used_heads",
 ]
 
-#: Row heads of a band come in multiples of this; beyond that many bands little work is saved.
+#: Row heads of a band of rows come in multiples of this.
 _ROW_STEP = 48
-_MOST_ROW_BANDS = 16
+#: Beyond that many numbers of row heads little work is saved; CPU libraries keep almost a megabyte
+#: for every size of product that they have met.
+_MOST_ROW_SIZES = 12
 
 Block = tuple[int, int]
 #: By block, the first column head that each row head asks for, and the one after the last.
@@ -86,7 +88,7 @@ def row_bands(
 
 def _cut(asked: NDArray[np.int64]) -> list[Band]:
     """Bands of neighbouring rows, each with all columns from the first to the last asked for."""
-    height = _ROW_STEP * -(-len(asked) // (_ROW_STEP * _MOST_ROW_BANDS))
+    height = _ROW_STEP * max(-(-len(asked) // (_ROW_STEP * _MOST_ROW_SIZES)), 1)
     bands: list[Band] = []
     asking = asked[:, 0] < asked[:, 1]
     for start in range(0, len(asked), height):
@@ -149,8 +151,9 @@ def column_bands(
     rows, columns, blocks, spans
         As for `skhead.linalg.kernels.overlap_blocks`.
     step : int
-        Column heads of a band; the last may have fewer, and the last before columns that ask for
-        heads of other row stacks.
+        Column heads of a band; there are fewer in the last one, in the last before columns that
+        ask for heads of other row stacks, and, where `columns` is None, in the last before columns
+        that ask for nothing.
 
     Returns
     -------
@@ -176,7 +179,32 @@ def column_bands(
             part, rest = rest.split(room)
             groups[-1].append(part)
             room -= _length(part.heads)
-    return [_band(group) for group in groups]
+    return _alike([_band(group) for group in groups])
+
+
+def _alike(bands: Sequence[ColumnBand]) -> list[ColumnBand]:
+    """Bands with few numbers of row heads, some of which take in more than they ask for."""
+    ends: dict[tuple[int, int], set[int]] = {}
+    for band in bands:
+        for i, heads in band.rows:
+            ends.setdefault((i, heads.start), set()).add(heads.stop)
+    kept = {
+        place: np.array(sorted(stops)[:: -_thinning(stops)][::-1]) for place, stops in ends.items()
+    }
+
+    def widened(i: int, heads: slice) -> Segment:
+        stops = kept[i, heads.start]
+        return i, slice(heads.start, int(stops[np.searchsorted(stops, heads.stop)]))
+
+    return [
+        ColumnBand(tuple(widened(*segment) for segment in band.rows), band.columns)
+        for band in bands
+    ]
+
+
+def _thinning(stops: Collection[int]) -> int:
+    """Of how many different ends one is kept."""
+    return -(-len(stops) // _MOST_ROW_SIZES)
 
 
 @dataclass(frozen=True)

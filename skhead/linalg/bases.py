@@ -20,9 +20,9 @@ GRAM_CONDITION_LIMIT = 1e4
 
 #: Up to this ratio, a head of full rank is orthonormal once it was orthonormalised twice.
 _TWICE_CONDITION_LIMIT = 1e6
-#: While ``||W||_F ||W^+||_F`` is at most so many times its least value, d_head, a float32 product
-#: with the inverse Cholesky factor is orthonormal to 4e-6 in its weakest direction.
-_SINGLE_CONDITION_LIMIT = 8.0
+#: While ``||W||_F ||W^+||_F`` is at most so many times its least value, d_head, and not above the
+#: second number, a float32 product with the inverse Cholesky factor is orthonormal to 4e-6.
+_SINGLE_CONDITION = 8, 512
 #: How far above the tolerance a smallest singular value is to be that comes with an error of 1%.
 _MARGIN = 1.1
 
@@ -93,7 +93,7 @@ def orthonormal_bases(
 
     The float64 Gram matrix of each head is factored and multiplied back, which is cheaper than a
     float32 SVD and exact to float32 rounding while the condition number stays below 1e4; float32
-    heads below about 60 are multiplied in float32. A head of full rank is orthonormalised twice up
+    heads are multiplied in float32 below about 60. A head of full rank is orthonormalised twice up
     to about 5e5; all others beyond go through a float64 SVD of the matrix itself. On a GPU, larger
     blocks of heads are worked on, and the host waits once for each to learn which of its heads need
     more than the Cholesky factor.
@@ -197,15 +197,12 @@ def _fill_block(
     found = _orthonormaliser(block, rank, eps)
     single = found.single if out.dtype == torch.float32 and stack.device == block.device else None
     if single is None or not single.any():
-        out.copy_(_multiplied(block, found.mix, buffers[1]))
-    elif single.all():
-        out.copy_(_multiplied(stack, found.mix, buffers[1].view(torch.float32)))
+        bases = _multiplied(block, found.mix, buffers[1])
     else:
-        double = (~single).nonzero().squeeze(1).to(block.device)
-        easy = single.nonzero().squeeze(1).to(block.device)
-        near = _multiplied(stack[easy], found.mix[easy], buffers[1].view(torch.float32))
-        far = block[double] @ found.mix[double]
-        out[easy], out[double] = near, far.to(out.dtype)
+        bases = _multiplied(stack, found.mix.float(), buffers[1].view(torch.float32))
+        for head in (~single).nonzero().flatten().tolist():
+            bases[head] = block[head] @ found.mix[head]
+    out.copy_(bases)
     return found.kept, found.numerical
 
 
@@ -214,7 +211,7 @@ def _multiplied(block: torch.Tensor, mix: torch.Tensor, buffer: torch.Tensor) ->
     shape = len(block), block.shape[1], mix.shape[2]
     bases = buffer.flatten()[: math.prod(shape)].view(shape)
     with fast_float32_matmul(bases.device):
-        return torch.bmm(block.to(bases.dtype), mix.to(bases.dtype), out=bases)
+        return torch.bmm(block.to(bases.dtype), mix, out=bases)
 
 
 class _Orthonormaliser(NamedTuple):
@@ -246,7 +243,8 @@ def _orthonormaliser(
     mix, smallest = _inverse_roots(gram)
     plain = smallest > torch.maximum(tolerance, norms / GRAM_CONDITION_LIMIT)
     again = smallest > torch.maximum(_MARGIN * tolerance, norms / _TWICE_CONDITION_LIMIT)
-    easy = plain & (smallest * (d_head * _SINGLE_CONDITION_LIMIT) > norms)
+    times, most = _SINGLE_CONDITION
+    easy = plain & (smallest * min(times * d_head, most) > norms)
     done, again, easy = torch.stack([plain, again & ~plain, easy]).cpu()
     kept = torch.full((n_heads,), d_head, dtype=torch.int64, device=block.device)
     if done.all():

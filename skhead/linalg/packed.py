@@ -35,13 +35,15 @@ _VECTOR = 16
 _COPYING = ("cpu", "meta")
 #: Numbers that are formed at a time: few enough to stay in a CPU's cache, and enough to keep
 #: another device busy.
-_CHUNK = 2**19
+_CHUNK = 48 * 2**14
 _DEVICE_CHUNK = 2**23
 #: Of the memory budget, they get at most one part in so many, and so do blocks of more than _PANEL.
 _SHARE = 8
 #: Column heads of a band, of which there are to be few enough that their blocks stay in a CPU's
 #: cache until they are multiplied.
 _STEP = 48
+#: What a CPU library keeps for a size of product, left free where panels would fill the budget.
+_KEPT_BYTES = 2**20
 _DEVICE_STEP = 256
 
 
@@ -83,6 +85,8 @@ def plan_packed(
         formed += max((band.width for band in bands), default=0)
     total_rank, stored_rank = _total_rank(stacks), _total_rank(_stored(stacks))
     areas = [band.area for band in bands]
+    products, sums = itemsize * max(areas, default=0), 8 * sum(areas)
+    rounded = products * (precision == "medium")
     chunk = _CHUNK if rows[0].device.type in _COPYING else _DEVICE_CHUNK
     chunk = min(chunk, max_memory // (_SHARE * itemsize))
     width = _PANEL
@@ -93,24 +97,23 @@ def plan_packed(
         width = _even_width(d_model, width)
         panels = -(-d_model // width)
         panel = itemsize * stored_rank * width
-        at_once = max((min(len(s), _at_once(s, width, chunk)) for s in stacks), default=0)
+        at_once = max((min(formed, _at_once(s, width, chunk)) for s in stacks), default=0)
         copied = sum(_copied_numbers(side.stacks, width, chunk) for side in sides)
         blocks = formed * (width**2 + width) + at_once * width**2
-        scratch = itemsize * (blocks + 2 * copied) + 2 * panel
+        scratch = itemsize * (blocks + 2 * copied) + 2 * panel + rounded
         if scratch <= max_memory or width <= _NARROWEST_PANEL:
             break
         width = max(width // 2, _NARROWEST_PANEL)
     flops = float(d_model) * ((d_model + width / 2) * total_rank + (d_model + 2) * sum(areas))
-    products, sums = itemsize * max(areas, default=0), 8 * sum(areas)
-    # What a block adds is a table of its own, and so is what its diagonal adds, in float64.
-    wide_sums = scratch + sums + products + 8 * max(areas, default=0) <= max_memory
-    if wide_sums:
-        scratch += sums + products + 8 * max(areas, default=0)
-    else:
-        scratch += products * (precision == "medium")
+    # What a block adds is a table of its own; diagonals are multiplied in float64.
+    wider = sums + products - rounded + 8 * 2 * formed * width
+    wide_sums = scratch + wider <= max_memory
+    scratch += wider * wide_sums
     group = 1
     if panel:
-        group = min(panels, 1 + max(max_memory - scratch, 0) // panel)
+        kept = _KEPT_BYTES * len({str(band.rows) for band in bands})
+        free = max_memory - scratch - min(kept, max_memory // _SHARE)
+        group = min(panels, 1 + max(free, 0) // panel)
         scratch += (group - 1) * panel
     return OverlapPlan("packed", width, 0, group, chunk, wide_sums, scratch, flops)
 
@@ -138,13 +141,10 @@ def _at_once(stack: Stack, width: int, chunk: int) -> int:
 
 
 def _copied_numbers(stacks: Sequence[Stack], width: int, chunk: int) -> int:
-    """Numbers of a contiguous copy of some heads' panels; GPUs multiply panels where they lie."""
-    sizes = [
-        min(len(stack), _at_once(stack, width, chunk)) * width * stack.shape[2]
-        for stack in stacks
-        if isinstance(stack, torch.Tensor) and stack.device.type in _COPYING
-    ]
-    return max(sizes, default=0)
+    """Numbers of some heads' panels, of which a CPU makes contiguous copies."""
+    n_heads = sum(map(len, stacks))
+    sizes = [min(n_heads, _at_once(s, width, chunk)) * width * s.shape[2] for s in stacks]
+    return max(sizes)
 
 
 def packed_overlaps(
@@ -331,13 +331,13 @@ class _Blocks:
             self.diagonal = self._diagonal[: count * width].view(count, width)
             self.weight = 2.0 if folded else 1.0
         start = 0
-        for a, b in side.factors(segments, p):
+        for a, b in side.factors(segments, p, folded):
             heads = slice(start, start + len(a))
             out, start = self.numbers[heads], heads.stop
             if self.diagonal is None:
                 _multiply(a, b, out.view(-1, height, width))
             elif folded:
-                _fold(a, out.view(-1, 2, width // 2, width // 2), self.diagonal[heads])
+                _fold(a, b, out.view(-1, 2, width // 2, width // 2), self.diagonal[heads])
             else:
                 _whole(a, out.view(-1, width, width), self.diagonal[heads])
 
@@ -350,22 +350,28 @@ def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
         out.copy_(torch.bmm(a, b.mT))
 
 
-def _fold(a: torch.Tensor, out: torch.Tensor, diagonal: torch.Tensor) -> None:
-    """What is above the diagonal of ``a a^T``, in two squares, and the diagonal."""
-    half = a.shape[1] // 2
-    out[:, 0] = torch.bmm(a[:, :half], a[:, half:].mT)
-    halves = a.unflatten(1, (2, half))
-    squares = halves @ halves.mT
-    diagonal.unflatten(1, (2, half)).copy_(squares.diagonal(dim1=2, dim2=3))
-    out[:, 1] = squares[:, 0].tril_(-1).add_(squares[:, 1].triu_(1))
+def _fold(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, diagonal: torch.Tensor) -> None:
+    """What is above the diagonal of M, of whose factors these are halves; and the diagonal."""
+    out[:, 0] = torch.bmm(a, b.mT)
+    lower, upper = torch.bmm(a, a.mT), torch.bmm(b, b.mT)
+    half = a.shape[1]
+    diagonal[:, :half] = _diagonal(a, lower)
+    diagonal[:, half:] = _diagonal(b, upper)
+    out[:, 1] = lower.tril_(-1).add_(upper.triu_(1))
+
+
+def _diagonal(a: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
+    """Diagonal of ``a a^T``, of which most of the sum comes: never of a product in TF32."""
+    if a.device.type == "cuda":
+        return a.square().sum(2)
+    return square.diagonal(dim1=1, dim2=2)
 
 
 def _whole(a: torch.Tensor, out: torch.Tensor, diagonal: torch.Tensor) -> None:
     """``a a^T`` without its diagonal, and the diagonal."""
     square = torch.bmm(a, a.mT)
-    entries = square.diagonal(dim1=1, dim2=2)
-    diagonal.copy_(entries)
-    entries.zero_()
+    diagonal.copy_(_diagonal(a, square))
+    square.diagonal(dim1=1, dim2=2).zero_()
     out.copy_(square)
 
 
@@ -381,7 +387,8 @@ class _Side:
         self.n_panels = -(-self._d_model // self.width)
         slots = plan.group + (plan.group < self.n_panels)
         self._read = new_empty(stacks[0], slots, _total_rank(_stored(stacks)) * self.width)
-        self._copies = new_empty(stacks[0], 2, _copied_numbers(stacks, self.width, plan.chunk))
+        copied = _copied_numbers(stacks, self.width, plan.chunk)
+        self._copies = new_empty(stacks[0], 2, copied * (stacks[0].device.type in _COPYING))
         self._rows: dict[int, list[torch.Tensor]] = {}
         self._columns: list[torch.Tensor] = []
 
@@ -408,23 +415,52 @@ class _Side:
         self._columns = self._rows[q] if q in self._rows else self._panels(q, -1)
 
     def factors(
-        self, segments: Sequence[Segment], p: int
+        self, segments: Sequence[Segment], p: int, halves: bool
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Panel p and the loaded one, of some heads at a time."""
-        for i, heads in segments:
-            a, b = self._rows[p][i], self._columns[i]
-            step = _at_once(self.stacks[i], self.width, self._chunk)
-            stop = heads.stop - self._firsts[i]
-            for start in range(heads.start - self._firsts[i], stop, step):
-                some = slice(start, min(start + step, stop))
-                left = self._copied(0, a[some])
-                yield left, left if a is b else self._copied(1, b[some])
+        """Panel p and the loaded one, or both halves of panel p, of some heads at a time."""
+        rows, columns = self._rows[p], self._columns
+        if halves:
+            half = rows[0].shape[1] // 2
+            rows, columns = [x[:, :half] for x in rows], [x[:, half:] for x in rows]
+        for batch in self._batches(segments):
+            left = self._gathered(0, rows, batch)
+            yield left, left if rows is columns else self._gathered(1, columns, batch)
 
-    def _copied(self, place: int, panel: torch.Tensor) -> torch.Tensor:
+    def _batches(self, segments: Sequence[Segment]) -> Iterator[list[Segment]]:
+        """Used heads, counted in their stacks, as many together as are multiplied at once."""
+        batch: list[Segment] = []
+        room = 0
+        for i, heads in segments:
+            start, stop = heads.start - self._firsts[i], heads.stop - self._firsts[i]
+            if batch and not self._joins(batch[-1][0], i):
+                yield batch
+                batch = []
+            while start < stop:
+                if not batch:
+                    room = _at_once(self.stacks[i], self.width, self._chunk)
+                end = min(start + room, stop)
+                batch.append((i, slice(start, end)))
+                start, room = end, room - (end - start)
+                if not room:
+                    yield batch
+                    batch = []
+        if batch:
+            yield batch
+
+    def _joins(self, i: int, j: int) -> bool:
+        """Whether heads of two stacks are multiplied together."""
+        return bool(self._copies.numel()) and self.stacks[i].shape[2] == self.stacks[j].shape[2]
+
+    def _gathered(
+        self, place: int, panels: Sequence[torch.Tensor], batch: Sequence[Segment]
+    ) -> torch.Tensor:
         """Some heads' panels, next to each other where that is faster to multiply."""
-        if not self._copies.numel() or panel.is_contiguous():
-            return panel
-        return self._copies[place, : panel.numel()].view(panel.shape).copy_(panel)
+        parts = [panels[i][heads] for i, heads in batch]
+        if len(parts) == 1 and (not self._copies.numel() or parts[0].is_contiguous()):
+            return parts[0]
+        shape = sum(map(len, parts)), *parts[0].shape[1:]
+        copy = self._copies[place, : math.prod(shape)].view(shape)
+        return torch.cat(parts, out=copy)
 
     def _panels(self, p: int, slot: int) -> list[torch.Tensor]:
         """Some rows of every factor: views of those in memory, copies of those in files."""

@@ -116,3 +116,20 @@ def test_readers_of_a_layer_share_a_band_whatever_they_read(n_kv):
     by_rows = row_bands(rows, columns, list(spans), spans)
     areas = [band_area(band) for parts in by_rows.values() for band in parts]
     assert sum(areas) > readers * 12 * 66
+
+
+@pytest.mark.parametrize("n_layers", [16, 17, 126])
+def test_products_of_many_layers_have_few_sizes(n_layers):
+    """Which costs memory of the matrix library, and is worth a few percent of the work."""
+    sizes = 32 * n_layers, 8 * n_layers
+    rows, columns = stacks(sizes[:1]), stacks(sizes)
+    layers = np.arange(sizes[0]) // 32
+    spans = {
+        (0, j): np.stack([(layers + 1) * (n // n_layers), np.full(sizes[0], n)], axis=1)
+        for j, n in enumerate(sizes)
+    }
+    bands = column_bands(rows, columns, list(spans), spans, 40)
+    assert len(bands) == n_layers - 1
+    assert 7 < len({str(band.rows) for band in bands}) <= 12
+    asked = 32 * 40 * n_layers * (n_layers - 1) // 2
+    assert asked <= sum(band.area for band in bands) < 1.1 * asked

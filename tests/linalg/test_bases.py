@@ -130,32 +130,39 @@ def gram_error(vectors):
     return float((gram - torch.eye(vectors.shape[-1], dtype=torch.float64)).abs().max())
 
 
-@pytest.mark.parametrize("condition", [1, 10, 60, 100, 1000])
-def test_bases_are_orthonormal_to_float32_rounding(condition):
+@pytest.mark.parametrize("condition", [1, 10, 30, 60, 85, 125, 1000])
+@pytest.mark.parametrize("shape", [(768, 64), (1024, 128), (768, 256)])
+def test_bases_are_orthonormal_to_float32_rounding(condition, shape):
     """Also where one direction is weak, for which a float32 product is at its worst."""
-    flat = np.ones(64)
+    d_model, d_head = shape
+    flat = np.ones(d_head)
     flat[-1] = 1 / condition
-    for sigma in (flat, np.geomspace(1, 1 / condition, 64)):
-        stack = torch.cat([with_spectrum(sigma, 768, seed) for seed in range(5)])
-        assert gram_error(orthonormal_bases(stack).vectors) < 4e-6
+    for sigma in (flat, np.geomspace(1, 1 / condition, d_head)):
+        stack = torch.cat([with_spectrum(sigma, d_model, seed) for seed in range(3)])
+        vectors = orthonormal_bases(stack).vectors
+        assert gram_error(vectors) < 4e-6
+        for matrix, found in zip(stack, vectors, strict=True):
+            error = projector(found) - reference_projector(matrix, d_head)
+            assert float(error.norm()) < 1.5e-5
 
 
 def test_well_conditioned_heads_are_multiplied_in_float32(monkeypatch):
     """Whatever heads are beside them, and only they."""
     stack = torch.cat([with_spectrum(np.geomspace(1, 1 / c, 8), 40, c) for c in (2, 5, 900, 30, 7)])
     alone = torch.cat([orthonormal_bases(head[None]).vectors for head in stack])
-    real, products = torch.bmm, []
-
-    def bmm(a, b, **options):
-        products.append((a.dtype, len(a)))
-        return real(a, b, **options)
-
-    monkeypatch.setattr(torch, "bmm", bmm)
     for overwrite in (False, True):
         found = orthonormal_bases(stack.clone(), overwrite=overwrite).vectors
         torch.testing.assert_close(found, alone, rtol=0, atol=2e-6)
-    orthonormal_bases(stack[:2].double())
-    assert products == [*2 * [(torch.float32, 4)], (torch.float64, 2)]
+    real, products = torch.bmm, []
+
+    def bmm(a, b, **options):
+        products.append(a.dtype)
+        return real(a, b, **options)
+
+    monkeypatch.setattr(torch, "bmm", bmm)
+    for given in (stack[:2], stack[2:3], stack, stack.double()):
+        orthonormal_bases(given)
+    assert products == [torch.float32, torch.float64, torch.float32, torch.float64]
 
 
 def test_tolerance_scales_with_the_matrix():

@@ -64,7 +64,7 @@ def test_heads_pass_through_the_memory_of_one(tensor):
     assert stack.reads[0][1] == tensor[0].numel()
 
 
-@pytest.mark.parametrize(("max_memory", "times"), [(2**30, 1), (70_000, 1.375)])
+@pytest.mark.parametrize(("max_memory", "times"), [(2**30, 1), (70_000, 1.875)])
 def test_a_stored_stack_is_read_as_seldom_as_memory_allows(max_memory, times):
     tensor = torch.randn(6, 512, 4, generator=torch.Generator().manual_seed(0))
     stack = Recorded(tensor)
