@@ -85,8 +85,9 @@ def plan_packed(
         formed += max((band.width for band in bands), default=0)
     total_rank, stored_rank = _total_rank(stacks), _total_rank(_stored(stacks))
     areas = [band.area for band in bands]
-    products, sums = itemsize * max(areas, default=0), 8 * sum(areas)
-    rounded = products * (precision == "medium")
+    largest, sums = max(areas, default=0), 8 * sum(areas)
+    # Diagonals are multiplied in float64, and what rounded blocks add is a table of its own.
+    narrow = largest * (8 + itemsize * (precision == "medium"))
     chunk = _CHUNK if rows[0].device.type in _COPYING else _DEVICE_CHUNK
     chunk = min(chunk, max_memory // (_SHARE * itemsize))
     width = _PANEL
@@ -99,14 +100,14 @@ def plan_packed(
         panel = itemsize * stored_rank * width
         at_once = max((min(formed, _at_once(s, width, chunk)) for s in stacks), default=0)
         copied = sum(_copied_numbers(side.stacks, width, chunk) for side in sides)
-        blocks = formed * (width**2 + width) + at_once * width**2
-        scratch = itemsize * (blocks + 2 * copied) + 2 * panel + rounded
+        # A row of a diagonal lies there once, and twice in float64 while it is multiplied.
+        blocks = formed * (width**2 + 5 * width) + at_once * width**2
+        scratch = itemsize * (blocks + 2 * copied) + 2 * panel + narrow
         if scratch <= max_memory or width <= _NARROWEST_PANEL:
             break
         width = max(width // 2, _NARROWEST_PANEL)
     flops = float(d_model) * ((d_model + width / 2) * total_rank + (d_model + 2) * sum(areas))
-    # What a block adds is a table of its own; diagonals are multiplied in float64.
-    wider = sums + products - rounded + 8 * 2 * formed * width
+    wider = sums + itemsize * largest
     wide_sums = scratch + wider <= max_memory
     scratch += wider * wide_sums
     group = 1
@@ -260,7 +261,8 @@ class _Sum:
         else:
             piece.result.add_(product(a, b.mT), alpha=left.weight)
         if left.diagonal is not None and right.diagonal is not None:
-            piece.result.addmm_(left.diagonal[rows], right.diagonal[columns].mT)
+            a, b = left.diagonal[rows], right.diagonal[columns]
+            piece.result.add_(wide(a) @ wide(b).mT)
 
     def finish(self) -> None:
         """Put the sums into the results, once."""
