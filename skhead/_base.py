@@ -145,12 +145,22 @@ class HeadInput:
         return HeadInput(self.heads, copies, self.eps)
 
     def read(
-        self, role: str, *, fold_norm: bool, center: bool, device: torch.device | str | None
+        self,
+        role: str,
+        *,
+        fold_norm: bool,
+        center: bool,
+        device: torch.device | str | None,
+        opened: dict[str, Any] | None = None,
     ) -> RoleStack:
-        """The matrices of one role, ``(n_distinct, d_model, d_head)``, with their index."""
+        """The matrices of one role, ``(n_distinct, d_model, d_head)``, with their index.
+
+        Several roles are read with one dict of checkpoints that are `opened` by then.
+        """
         if self.stacks is None:
             target = default_device() if device is None else device
-            return read_role(self.heads, role, fold_norm=fold_norm, center=center, device=target)
+            processed = {"fold_norm": fold_norm, "center": center}
+            return read_role(self.heads, role, **processed, device=target, opened=opened)
         stack = self.stacks[role]
         stack = stack if device is None else stack.to(device)
         n_heads = len(stack)
@@ -345,6 +355,7 @@ def extract_subspaces(
         If a head's matrix is zero.
     """
     bases = {}
+    opened: dict[str, Any] = {}
     for role in progress_bar(roles, "bases", unit="role"):
         if cache is not None:
             how = Processing(role, fold_norm, center)
@@ -353,7 +364,9 @@ def extract_subspaces(
             bases[role] = RoleBases(stored.stack, stored.ranks, stored.index)
             continue
         with naming_full_device(caller, f"the bases of role {role}", _FULL_REMEDY):
-            read = source.read(role, fold_norm=fold_norm, center=center, device=device)
+            read = source.read(
+                role, fold_norm=fold_norm, center=center, device=device, opened=opened
+            )
             found = orthonormal_bases(
                 read.tensor,
                 rank=rank,

@@ -293,12 +293,13 @@ class CompositionScore(MatrixKernel):
     ) -> dict[str, tuple[torch.Tensor, NDArray[np.float64]]]:
         """Factors of the maps that face other heads with a role, and their norms, none zero."""
         found = {}
+        opened: dict[str, Any] = {}
         for name in ("QK", "OV"):
             facing = [role for role in name if role in roles]
             if not facing:
                 continue
             ends = name if facing[0] == name[0] else name[::-1]
-            first, second = self._matrices(source, ends[0]), self._matrices(source, ends[1])
+            first, second = (self._matrices(source, end, opened) for end in ends)
             if len(facing) == 2:
                 factored = facing_factors(first, second, overwrite=source.stacks is None)
             else:
@@ -308,9 +309,15 @@ class CompositionScore(MatrixKernel):
                 found[role] = factors, norms.cpu().numpy().astype(np.float64)
         return found
 
-    def _matrices(self, source: HeadInput, role: str) -> torch.Tensor:
+    def _matrices(self, source: HeadInput, role: str, opened: dict[str, Any]) -> torch.Tensor:
         """A matrix of that role for every head."""
-        read = source.read(role, fold_norm=self.fold_norm, center=self.center, device=self.device)
+        read = source.read(
+            role,
+            fold_norm=self.fold_norm,
+            center=self.center,
+            device=self.device,
+            opened=opened,
+        )
         return expand(read.tensor, read.index)
 
 

@@ -14,6 +14,7 @@ from toys import random_weights, registered, toy_heads
 import skhead
 from skhead import SubspaceExtractor, load_weights
 from skhead.exceptions import DegenerateHeadError, HeadShapeError, HeadTableError
+from skhead.weights import stacks
 
 
 def projectors(bases):
@@ -284,3 +285,22 @@ def test_what_is_no_table_is_told_how_to_become_one():
         HeadShapeError, match=r"got the text 'skhead/induction-2l'; list .*load_heads"
     ):
         SubspaceExtractor().fit("skhead/induction-2l")
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [SubspaceExtractor(), skhead.CompositionScore(pairs=("OQ", "OK", "OV"))],
+    ids=["bases", "composition"],
+)
+def test_a_checkpoint_is_opened_once_for_all_roles(estimator, monkeypatch):
+    opened = []
+
+    def reopen(address):
+        opened.append(address)
+        return real(address)
+
+    real = stacks.reopen
+    monkeypatch.setattr(stacks, "reopen", reopen)
+    heads = skhead.load_heads("skhead/induction-2l")
+    estimator.fit_transform(heads)
+    assert opened == ["skhead/induction-2l"]

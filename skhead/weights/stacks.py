@@ -111,6 +111,7 @@ def read_role(
     fold_norm: bool = False,
     center: bool = False,
     device: torch.device | str | None = None,
+    opened: dict[str, Checkpoint] | None = None,
 ) -> RoleStack:
     """Read the distinct matrices of one role, at most one layer beside the result in memory.
 
@@ -122,6 +123,9 @@ def read_role(
         As in :func:`load_weights`.
     device : torch.device or str, optional
         Where the result is; the CPU by default.
+    opened : dict of str to Checkpoint, optional
+        By address, checkpoints that are open already; those that are opened are put there, so that
+        reading one role after the other looks at every header and maps every page once.
 
     Returns
     -------
@@ -133,7 +137,7 @@ def read_role(
         If the role is none of the four; else as :func:`load_weights`.
     """
     how = Processing(role, fold_norm, center)
-    jobs = role_jobs(heads, how)
+    jobs = role_jobs(heads, how, opened)
     keys, index = places_of(jobs)
     shape = (len(keys), int(heads["d_model"].iloc[0]), int(heads["d_head"].iloc[0]))
     tensor = torch.empty(shape, dtype=torch.float32, device=device)
@@ -153,12 +157,18 @@ def read_role(
         if mapped > _MAPPED_BYTES:
             job.checkpoint.reader.release()
             mapped = 0
+    if mapped > _MAPPED_BYTES // 2:
+        job.checkpoint.reader.release()
     route.settle()
     return RoleStack(tensor, index, eps)
 
 
-def role_jobs(heads: pd.DataFrame, how: Processing) -> list[LayerJob]:
+def role_jobs(
+    heads: pd.DataFrame, how: Processing, opened: dict[str, Checkpoint] | None = None
+) -> list[LayerJob]:
     """Where the matrices of one role are, layer by layer, checked against the heads table.
+
+    Checkpoints come from `opened` and go there, see `read_role`.
 
     Raises
     ------
@@ -169,7 +179,7 @@ def role_jobs(heads: pd.DataFrame, how: Processing) -> list[LayerJob]:
         raise ValueError(f"role must be one of {', '.join(ROLES)}, got {how.role!r}.")
     heads = check_heads(heads, "load_weights")
     _check_sizes(heads)
-    jobs = list(_walk(heads, how))
+    jobs = list(_walk(heads, how, {} if opened is None else opened))
     first: dict[str, LayerJob] = {}
     for job in jobs:
         first.setdefault(job.source, job)
@@ -235,12 +245,14 @@ def _check_sizes(heads: pd.DataFrame) -> None:
         )
 
 
-def _walk(heads: pd.DataFrame, how: Processing) -> Iterator[LayerJob]:
+def _walk(
+    heads: pd.DataFrame, how: Processing, opened: dict[str, Checkpoint]
+) -> Iterator[LayerJob]:
     positions = pd.Series(np.arange(len(heads)))
     columns = {name: heads[name].to_numpy() for name in heads.columns}
     for source, of_source in positions.groupby(columns["source"], sort=False):
         address, part = split_address(str(source))
-        checkpoint = reopen(address)
+        checkpoint = opened.get(address) or opened.setdefault(address, reopen(address))
         plan = checkpoint.plan(part)
         layers = columns["layer"][of_source.to_numpy()]
         for number, of_layer in of_source.groupby(layers):
