@@ -83,7 +83,9 @@ def test_a_score_asked_alone_is_that_of_all(toy):
     every = CircuitScorer().fit_transform(heads)
     for name in every:
         alone = CircuitScorer([name]).fit_transform(heads)
-        pd.testing.assert_frame_equal(alone, every[[name]], rtol=5e-7)
+        # Composition with all kinds is one float32 product, of another size than with one.
+        rtol = 5e-7 if "composition" in name else 1e-12
+        pd.testing.assert_frame_equal(alone, every[[name]], rtol=rtol)
 
 
 def test_token_scores_equal_dense_circuits(toy):

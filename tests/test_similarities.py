@@ -68,7 +68,7 @@ def named(estimator):
 
 def tolerance(estimator, plain):
     """Martin's distance loses digits to angles near a right one: it takes logs of cosines."""
-    return 3e-4 if getattr(estimator, "metric", "") == "martin" else plain
+    return 1e-4 if getattr(estimator, "metric", "") == "martin" else plain
 
 
 def reference(heads, pair, measure, **options):

@@ -23,6 +23,9 @@ _TWICE_CONDITION_LIMIT = 1e6
 #: While ``||W||_F ||W^+||_F`` is at most so many times its least value, d_head, and not above the
 #: second number, a float32 product with the inverse Cholesky factor is orthonormal to 4e-6.
 _SINGLE_CONDITION = 8, 512
+#: Numbers of the smallest matrix that is multiplied in float32: the last digits of products of
+#: smaller ones depend on how many there are, and nothing is gained.
+_SINGLE_SIZE = 2**10
 #: How far above the tolerance a smallest singular value is to be that comes with an error of 1%.
 _MARGIN = 1.1
 
@@ -245,6 +248,7 @@ def _orthonormaliser(
     again = smallest > torch.maximum(_MARGIN * tolerance, norms / _TWICE_CONDITION_LIMIT)
     times, most = _SINGLE_CONDITION
     easy = plain & (smallest * min(times * d_head, most) > norms)
+    easy &= d_model * d_head >= _SINGLE_SIZE
     done, again, easy = torch.stack([plain, again & ~plain, easy]).cpu()
     kept = torch.full((n_heads,), d_head, dtype=torch.int64, device=block.device)
     if done.all():

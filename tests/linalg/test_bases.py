@@ -148,7 +148,9 @@ def test_bases_are_orthonormal_to_float32_rounding(condition, shape):
 
 def test_well_conditioned_heads_are_multiplied_in_float32(monkeypatch):
     """Whatever heads are beside them, and only they."""
-    stack = torch.cat([with_spectrum(np.geomspace(1, 1 / c, 8), 40, c) for c in (2, 5, 900, 30, 7)])
+    stack = torch.cat(
+        [with_spectrum(np.geomspace(1, 1 / c, 16), 96, c) for c in (2, 5, 900, 30, 7)]
+    )
     alone = torch.cat([orthonormal_bases(head[None]).vectors for head in stack])
     for overwrite in (False, True):
         found = orthonormal_bases(stack.clone(), overwrite=overwrite).vectors
@@ -160,9 +162,10 @@ def test_well_conditioned_heads_are_multiplied_in_float32(monkeypatch):
         return real(a, b, **options)
 
     monkeypatch.setattr(torch, "bmm", bmm)
-    for given in (stack[:2], stack[2:3], stack, stack.double()):
+    for given in (stack[:2], stack[2:3], stack, stack.double(), torch.randn(3, 20, 4)):
         orthonormal_bases(given)
-    assert products == [torch.float32, torch.float64, torch.float32, torch.float64]
+    double, single = torch.float64, torch.float32
+    assert products == [single, double, single, double, double]
 
 
 def test_tolerance_scales_with_the_matrix():
